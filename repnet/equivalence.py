@@ -1,0 +1,253 @@
+"""`compare`: do two models compute the same function, and if not, where does the difference start?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from repnet.symbolic import evaluating
+
+
+class FoldMismatchError(RuntimeError):
+    """A folded model differs from its original.
+
+    Args:
+        message: what differs, by how much.
+        block: name of the first block that differs, None where no single block does.
+    """
+
+    def __init__(self, message: str, block: str | None = None) -> None:
+        super().__init__(message)
+        self.block = block
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """The relative error that one replaced module adds, given the reference's own input."""
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far a candidate's outputs are from a reference's.
+
+    Args:
+        samples: batch elements compared.
+        max_error: largest absolute difference of an output.
+        max_relative_error: largest over batches of `max |difference| / max |reference|`.
+        agreement: fraction of the samples with the same argmax over dimension 1.
+        blocks: one entry per module that the candidate replaced, in order of execution.
+    """
+
+    samples: int
+    max_error: float
+    max_relative_error: float
+    agreement: float
+    blocks: tuple[BlockError, ...]
+
+    def first_difference(self, tolerance: float) -> BlockError | None:
+        """Return the first block in execution order with an error above `tolerance` (or NaN)."""
+        return next((b for b in self.blocks if not b.relative_error <= tolerance), None)
+
+    def check(self, block_tolerance: float, output_tolerance: float) -> None:
+        """Do nothing if all errors are within tolerance.
+
+        Raises:
+            FoldMismatchError: an error is larger; it names the first block that differs.
+        """
+        block = self.first_difference(block_tolerance)
+        if block is not None:
+            raise FoldMismatchError(
+                f"block '{block.name}' differs from its original: relative error "
+                f"{block.relative_error:.1e}, allowed {block_tolerance:.0e}; it is the first of "
+                f"{len(self.blocks)} replaced blocks that does",
+                block.name,
+            )
+        if not self.max_relative_error <= output_tolerance:
+            raise FoldMismatchError(
+                f"the outputs differ: relative error {self.max_relative_error:.1e}, allowed "
+                f"{output_tolerance:.0e}, although every one of the {len(self.blocks)} replaced "
+                "blocks agrees; something outside them changed"
+            )
+
+
+def compare(
+    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any] | Tensor
+) -> Equivalence:
+    """Run both models on the same inputs, in evaluation mode, and measure the difference.
+
+    A block is a module that has the same name and another class in both models. Each block of the
+    candidate receives what its original received (the outputs of earlier blocks are replaced by the
+    reference's), so that a block's error is its own. Training flags are as before at the end.
+
+    Args:
+        reference: the model that is right.
+        candidate: the model that should equal it.
+        batches: inputs on the models' device and of their dtype: tensors, `(input, target)` pairs
+            (the target is not used), `Inputs`, or one tensor.
+
+    Raises:
+        ValueError: there is nothing to compare.
+    """
+    if isinstance(batches, Tensor):
+        batches = [batches]
+    names = replaced_modules(reference, candidate)
+    errors = dict.fromkeys(names, 0.0)
+    order: list[str] = []
+    samples, agreeing, max_error, max_relative_error = 0, 0, 0.0, 0.0
+    with torch.no_grad(), evaluating(reference), evaluating(candidate):
+        for batch in batches:
+            inputs = Inputs.of(batch)
+            outputs: dict[str, list[Any]] = {}
+            with _recorded(reference, names, outputs):
+                expected = inputs(reference)
+            with _replayed(candidate, names, outputs, errors):
+                inputs(candidate)
+            order = order or list(outputs)
+            actual = inputs(candidate)
+            error, scale = _difference(expected, actual)
+            max_error = _worse(max_error, error)
+            max_relative_error = _worse(max_relative_error, _ratio(error, scale))
+            n, same = _agreement(expected, actual)
+            samples, agreeing = samples + n, agreeing + same
+    if samples == 0:
+        raise ValueError("there is nothing to compare: no batch, or no tensor in the outputs")
+    blocks = tuple(BlockError(name or type(reference).__name__, errors[name]) for name in order)
+    return Equivalence(samples, max_error, max_relative_error, agreeing / samples, blocks)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one forward call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, batch: Any) -> Inputs:
+        """Wrap a batch of a data loader; of an `(input, target)` pair the input is taken."""
+        if isinstance(batch, Inputs):
+            return batch
+        return cls((batch[0] if isinstance(batch, tuple | list) else batch,))
+
+    def __call__(self, model: nn.Module) -> Any:
+        return model(*self.args, **(self.kwargs or {}))
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Return the same with every floating-point tensor in `dtype`."""
+
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return Inputs(tree_map(cast, self.args), tree_map(cast, self.kwargs or {}))
+
+
+def replaced_modules(reference: nn.Module, candidate: nn.Module) -> list[str]:
+    """Return the names of modules that differ in class, outermost only; '' is the model itself."""
+    theirs = dict(candidate.named_modules())
+    names: list[str] = []
+    for name, module in reference.named_modules():
+        if any(not n or name.startswith(f"{n}.") for n in names):
+            continue
+        if name in theirs and type(theirs[name]) is not type(module):
+            names.append(name)
+    return names
+
+
+@contextmanager
+def _recorded(model: nn.Module, names: list[str], outputs: dict[str, list[Any]]) -> Iterator[None]:
+    """Append what each named module returns to `outputs[name]`."""
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.setdefault(name, []).append(tree_map(_clone, output))  # in-place ReLU follows
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(record(n)) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replayed(
+    model: nn.Module, names: list[str], outputs: dict[str, list[Any]], errors: dict[str, float]
+) -> Iterator[None]:
+    """Raise `errors[name]` to each module's error, then let it return the recorded output."""
+
+    def replay(name: str) -> Any:
+        recorded = iter(outputs.get(name, ()))
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            expected = next(recorded, None)
+            if expected is None:  # called more often than its original
+                errors[name] = float("inf")
+                return output
+            errors[name] = _worse(errors[name], _ratio(*_difference(expected, output)))
+            if isinstance(expected, Tensor) and isinstance(output, Tensor):
+                return expected.to(output)
+            return expected
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(replay(n)) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _difference(expected: Any, actual: Any) -> tuple[float, float]:
+    """Return the largest absolute difference and the largest absolute reference value."""
+    error, scale = 0.0, 0.0
+    theirs, ours = _tensors(expected), _tensors(actual)
+    if [t.shape for t in theirs] != [t.shape for t in ours]:
+        return float("inf"), 1.0
+    for a, b in zip(theirs, ours, strict=True):
+        if a.numel():
+            error = _worse(error, (a.double() - b.to(a.device).double()).abs().max().item())
+            scale = _worse(scale, a.double().abs().max().item())
+    return error, scale
+
+
+def _clone(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _ratio(error: float, scale: float) -> float:
+    return 0.0 if error == 0.0 else error / scale if scale else float("inf")
+
+
+def _worse(first: float, second: float) -> float:
+    """Return the larger; NaN wins, unlike in `max`."""
+    return first if first != first or first > second else second
+
+
+def _agreement(expected: Any, actual: Any) -> tuple[int, int]:
+    """Return the batch size, and how many samples have the same argmax of the first output."""
+    theirs, ours = _tensors(expected), _tensors(actual)
+    if not theirs or not theirs[0].ndim:
+        return 0, 0
+    if not ours or ours[0].shape != theirs[0].shape:
+        return len(theirs[0]), 0
+    a, b = theirs[0], ours[0].to(theirs[0].device)
+    if a.ndim == 1:
+        return len(a), len(a)
+    same = (a.argmax(1) == b.argmax(1)).reshape(len(a), -1).all(1)
+    return len(a), int(same.sum())
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]

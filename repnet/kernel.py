@@ -1,0 +1,444 @@
+"""`ConvKernel`, the value that stands for "the input, after the convolution so far", and its laws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Pair = tuple[int, int]
+
+
+class NotFoldableError(ValueError):
+    """A computation is not one convolution; the message is the mathematical reason."""
+
+
+class NotAffineError(NotFoldableError):
+    """An operation has no rule: it is not affine, depends on sizes, or cannot be followed."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConvKernel:
+    """The map `x -> conv2d(pad(upsample(x)), weight, stride, dilation, groups) + bias`.
+
+    `upsample` puts `upsample - 1` zeros between neighbouring samples (the stride of a transposed
+    convolution). A negative padding crops. Instances are values: laws return new ones, and every
+    law is differentiable in `weight` and `bias`.
+
+    A kernel may be handed to a module in place of an input: each torch function that is affine
+    and shift-invariant then returns the next kernel, every other one raises `NotFoldableError`
+    (the rules stand in `repnet.symbolic`).
+
+    Args:
+        weight: `(out, in / groups, kernel height, kernel width)`.
+        bias: `(out,)`, or None where it is structurally zero, which matters at borders.
+        stride: `(vertical, horizontal)`, like every pair here.
+        padding: zeros around the (upsampled) input, `((top, bottom), (left, right))`.
+        dilation: lattice step of the taps.
+        upsample: 1 for an ordinary convolution.
+        groups: divides the input and the output channels.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Pair = (1, 1)
+    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    upsample: Pair = (1, 1)
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 4:
+            raise ValueError(f"weight must be 4-D, got shape {tuple(self.weight.shape)}")
+        if self.bias is not None and self.bias.shape != (self.out_channels,):
+            raise ValueError(
+                f"bias must have shape ({self.out_channels},), got {tuple(self.bias.shape)}"
+            )
+        if self.groups < 1 or self.out_channels % self.groups:
+            raise ValueError(f"groups={self.groups} must divide {self.out_channels} channels")
+        if min(*self.stride, *self.dilation, *self.upsample) < 1:
+            raise ValueError("stride, dilation and upsample must be positive")
+
+    @classmethod
+    def identity(
+        cls,
+        channels: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ConvKernel:
+        """Return `x -> x`: a pointwise kernel with one group per channel, `(channels, 1, 1, 1)`."""
+        return cls(torch.ones(channels, 1, 1, 1, dtype=dtype, device=device), groups=channels)
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def kernel_size(self) -> Pair:
+        return self.weight.shape[2], self.weight.shape[3]
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel_size == (1, 1)
+
+    @property
+    def is_channelwise(self) -> bool:
+        """Whether every output is its own input times a number: batch norm, scale, identity."""
+        return (
+            self.is_pointwise
+            and self.groups == self.in_channels == self.out_channels
+            and self.stride == self.upsample == (1, 1)
+            and self.padding == ((0, 0), (0, 0))
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map to `x`, `(batch, in, height, width)` -> `(batch, out, height', width')`."""
+        (up_h, up_w), ((top, bottom), (left, right)) = self.upsample, self.padding
+        if self.upsample != (1, 1):
+            batch, channels, height, width = x.shape
+            spread = x.new_zeros(batch, channels, up_h * (height - 1) + 1, up_w * (width - 1) + 1)
+            spread[:, :, ::up_h, ::up_w] = x
+            x = spread
+        if (top, left) == (bottom, right) and min(top, left) >= 0:
+            padding = (top, left)
+        else:
+            x, padding = functional.pad(x, (left, right, top, bottom)), (0, 0)
+        return functional.conv2d(
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def with_groups(self, groups: int) -> ConvKernel:
+        """Return the same map written with fewer groups: the blocks stand on a zero matrix.
+
+        Args:
+            groups: a divisor of `self.groups`; the identity can so be written at any grouping.
+
+        Raises:
+            ValueError: `groups` is not a divisor of `self.groups`.
+        """
+        if groups == self.groups:
+            return self
+        if groups < 1 or self.groups % groups:
+            raise ValueError(f"a kernel of {self.groups} groups cannot be written with {groups}")
+        parts = self.groups // groups
+        height, width = self.kernel_size
+        # (groups, parts, out / old groups, in / old groups, kh, kw)
+        blocks = self.weight.reshape(groups, parts, -1, self.weight.shape[1], height, width)
+        weight = blocks.new_zeros(groups, parts, blocks.shape[2], parts, *blocks.shape[3:])
+        part = torch.arange(parts, device=weight.device)
+        weight[:, part, :, part] = blocks.transpose(0, 1)
+        weight = weight.reshape(self.out_channels, self.in_channels // groups, height, width)
+        return replace(self, weight=weight, groups=groups)
+
+    def then(self, other: ConvKernel) -> ConvKernel:
+        """Return `x -> other(self(x))`.
+
+        Tap b of `other` reads tap a of `self` at `dilation_a * a + stride_a * dilation_b * b`.
+        Both are written on one lattice, and one transposed convolution of the two weights sums the
+        products. The border law: zeros that `other` inserts, around its input or between its
+        samples, must be zeros of `self` too, so `self` must be pointwise and have no bias, must not
+        crop where zeros are added, and must have stride 1 where `other` upsamples.
+
+        Raises:
+            NotFoldableError: the border law forbids it.
+            ValueError: the channels do not fit.
+        """
+        if self.out_channels != other.in_channels:
+            raise ValueError(
+                f"{self.out_channels} channels cannot enter a kernel of {other.in_channels}"
+            )
+        self._check_border(other)
+        stride, padding, dilation, upsample = [], [], [], []
+        taps: list[Pair] = []  # lattice steps between the taps of self, of other
+        for axis in range(2):
+            (before, after), (extra_before, extra_after) = self.padding[axis], other.padding[axis]
+            step = self.stride[axis] * other.dilation[axis]
+            own = self.dilation[axis] if self.kernel_size[axis] > 1 else 0
+            theirs = step if other.kernel_size[axis] > 1 else 0
+            unit = gcd(own, theirs) or 1
+            up, hop = other.upsample[axis], self.stride[axis]
+            taps.append((own // unit or 1, theirs // unit or 1))
+            dilation.append(unit)
+            stride.append(hop * other.stride[axis])
+            upsample.append(self.upsample[axis] * up)
+            padding.append((up * before + hop * extra_before, up * after + hop * extra_after))
+        groups = gcd(self.groups, other.groups)
+        if self.is_channelwise:
+            weight, groups = _scale_inputs(other, self.weight.flatten()), other.groups
+        elif other.is_channelwise:
+            weight, groups = self.weight * other.weight, self.groups
+        else:
+            weight = _merge(self.with_groups(groups), other.with_groups(groups), taps)
+        return ConvKernel(
+            weight,
+            _add_optional(other.bias, _through(other, self.bias)),
+            stride=(stride[0], stride[1]),
+            padding=(padding[0], padding[1]),
+            dilation=(dilation[0], dilation[1]),
+            upsample=(upsample[0], upsample[1]),
+            groups=groups,
+        )
+
+    def _check_border(self, other: ConvKernel) -> None:
+        """Raise unless zeros that `other` inserts into the output of `self` are its zeros too."""
+        padded = max(max(side) for side in other.padding) > 0
+        upsampled = other.upsample != (1, 1)
+        if not (padded or upsampled):
+            return
+        inserts = "pads its input with zeros" if padded else "inserts zeros between its samples"
+        if self.bias is not None:
+            raise NotFoldableError(
+                f"the second map {inserts}, but the first has a bias, so that a zero of its input "
+                "becomes that bias; pad before the bias instead"
+            )
+        if not self.is_pointwise:
+            raise NotFoldableError(
+                f"the second map {inserts}, but the first is a {_size(self)} kernel, which at the "
+                "border also reads samples; move all padding into the first map"
+            )
+        for axis in range(2):
+            crops = zip(self.padding[axis], other.padding[axis], strict=True)
+            if any(own < 0 < added for own, added in crops):
+                raise NotFoldableError(
+                    f"the second map {inserts} where the first crops: cropped samples are not zeros"
+                )
+            if other.upsample[axis] > 1 and self.stride[axis] > 1:
+                raise NotFoldableError(
+                    "the second map upsamples what the first has strided: that keeps the samples at "
+                    "some positions only, and so is not shift-invariant"
+                )
+
+    # What makes a kernel usable as the input of a module's forward.
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        from repnet.symbolic import apply_rule  # the rules are written in terms of this module
+
+        return apply_rule(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        """Send `kernel.method(...)` to the rule of `torch.Tensor.method`."""
+        method = None if name.startswith("_") else getattr(Tensor, name, None)
+        if method is None:
+            raise AttributeError(f"'ConvKernel' object has no attribute '{name}'")
+        if not callable(method):
+            raise NotFoldableError(f"forward reads '{name}' of its input, which a kernel lacks")
+        return lambda *args, **kwargs: self._call(method, *args, **kwargs)
+
+    def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(func, (ConvKernel,), (self, *args), kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def __add__(self, other: Any) -> Any:
+        return self._call(torch.add, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._call(torch.sub, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._call(torch.rsub, other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._call(torch.mul, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._call(torch.div, other)
+
+    def __neg__(self) -> Any:
+        return self._call(torch.neg)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._call(Tensor.__getitem__, index)
+
+    def _in_place(self, other: Any) -> Any:
+        raise NotFoldableError(
+            "forward changes a tensor in place, which other names may share; "
+            "write `x = x + y` instead of `x += y`"
+        )
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _in_place
+
+
+def add(kernels: Sequence[ConvKernel]) -> ConvKernel:
+    """Return `x -> sum of k(x)`: tap k of a kernel reads offset `dilation * k - padding`.
+
+    Args:
+        kernels: at least one, with equal channels, stride and upsampling, and outputs of equal
+            size for every size of input.
+
+    Raises:
+        NotFoldableError: the kernels read different lattices, or differ in channels or size.
+    """
+    if len({(k.in_channels, k.out_channels) for k in kernels}) > 1:
+        raise NotFoldableError(
+            "the summands differ in channels: "
+            + ", ".join(f"{k.in_channels} -> {k.out_channels}" for k in kernels)
+        )
+    groups = gcd(*(k.groups for k in kernels))
+    aligned = _align([k.with_groups(groups) for k in kernels])
+    weight, bias = aligned[0].weight, aligned[0].bias
+    for kernel in aligned[1:]:
+        weight, bias = weight + kernel.weight, _add_optional(bias, kernel.bias)
+    return replace(aligned[0], weight=weight, bias=bias)
+
+
+def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
+    """Return `x -> cat([k(x) for k in kernels], dim=1)`.
+
+    Args:
+        kernels: at least one, of one input, with equal stride, upsampling and output size.
+
+    Raises:
+        NotFoldableError: the kernels read different lattices, or differ in input channels or size.
+    """
+    if len({k.in_channels for k in kernels}) > 1:
+        raise NotFoldableError("the concatenated kernels differ in input channels")
+    aligned = _align([k.with_groups(1) for k in kernels])
+    bias = None
+    if any(k.bias is not None for k in aligned):
+        zeros = [k.weight.new_zeros(k.out_channels) for k in aligned]
+        bias = torch.cat(
+            [z if k.bias is None else k.bias for k, z in zip(aligned, zeros, strict=True)]
+        )
+    return replace(aligned[0], weight=torch.cat([k.weight for k in aligned]), bias=bias)
+
+
+def select(kernel: ConvKernel, start: int, stop: int) -> ConvKernel:
+    """Return `x -> k(x)[:, start:stop]`, with `0 <= start < stop <= out`."""
+    dense = kernel.with_groups(1)
+    bias = None if dense.bias is None else dense.bias[start:stop]
+    return replace(dense, weight=dense.weight[start:stop], bias=bias)
+
+
+def _align(kernels: Sequence[ConvKernel]) -> list[ConvKernel]:
+    """Write all kernels with the same dilation, padding and kernel size, filling with zeros."""
+    first = kernels[0]
+    for name in ("stride", "upsample"):
+        if len(values := sorted({getattr(k, name) for k in kernels})) > 1:
+            listing = " and ".join(str(v) for v in values)
+            raise NotFoldableError(
+                f"{name} {listing} in one sum or concatenation: the parts read different lattices"
+            )
+    dilation, padding, size = [], [], []
+    for axis in range(2):
+        # output size = floor((upsampled size - 1 + growth) / stride) + 1
+        reach = [k.dilation[axis] * (k.kernel_size[axis] - 1) for k in kernels]
+        growths = {sum(k.padding[axis]) - r for k, r in zip(kernels, reach, strict=True)}
+        if len(growths) > 1:
+            raise NotFoldableError(
+                "the outputs of the parts differ in size: by "
+                f"{max(growths) - min(growths)} samples along axis {axis} before striding"
+            )
+        before = max(k.padding[axis][0] for k in kernels)
+        steps = [k.dilation[axis] for k in kernels if k.kernel_size[axis] > 1]
+        step = gcd(*steps, *(before - k.padding[axis][0] for k in kernels)) or 1
+        end = max(r - k.padding[axis][0] for k, r in zip(kernels, reach, strict=True))
+        extent = end + before
+        dilation.append(step)
+        padding.append((before, growths.pop() + extent - before))
+        size.append(extent // step + 1)
+    geometry = replace(
+        first, padding=(padding[0], padding[1]), dilation=(dilation[0], dilation[1])
+    )
+    return [_place(k, geometry, (size[0], size[1])) for k in kernels]
+
+
+def _place(kernel: ConvKernel, geometry: ConvKernel, size: Pair) -> ConvKernel:
+    """Write `kernel` on a lattice of `size` taps with the padding and dilation of `geometry`."""
+    if kernel.kernel_size == size:
+        weight = kernel.weight
+    else:
+        where = []
+        for axis in range(2):
+            step = geometry.dilation[axis]
+            start = (geometry.padding[axis][0] - kernel.padding[axis][0]) // step
+            hop = max(1, kernel.dilation[axis] // step)
+            where.append(slice(start, start + hop * (kernel.kernel_size[axis] - 1) + 1, hop))
+        weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size)
+        weight[:, :, where[0], where[1]] = kernel.weight
+    return replace(
+        kernel, weight=weight, padding=geometry.padding, dilation=geometry.dilation
+    )
+
+
+def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[Pair]) -> Tensor:
+    """Return the weight of `first.then(second)`, `(out, in / groups, kh, kw)`.
+
+    Args:
+        first: has as many groups as `second`.
+        second: reads the output channels of `first`.
+        taps: per axis, the lattice steps between the taps of `first` and of `second`.
+    """
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    groups = first.groups
+    height, width = second.kernel_size
+    # The output channels of each group are the batch: (out / groups, middle, kh, kw).
+    outputs = second.weight.reshape(groups, -1, second.weight.shape[1], height, width)
+    outputs = outputs.transpose(0, 1).reshape(-1, first.out_channels, height, width)
+    merged = functional.conv_transpose2d(
+        outputs.to(dtype),
+        first.weight.to(dtype),
+        stride=[step for _, step in taps],
+        dilation=[step for step, _ in taps],
+        groups=groups,
+    )
+    height, width = merged.shape[2:]
+    merged = merged.reshape(-1, groups, first.weight.shape[1], height, width).transpose(0, 1)
+    return merged.reshape(second.out_channels, -1, height, width)
+
+
+def _scale_inputs(kernel: ConvKernel, scale: Tensor) -> Tensor:
+    """Return the weight of `kernel` with input channel i multiplied by `scale[i]`."""
+    grouped = kernel.weight.unflatten(0, (kernel.groups, -1))  # (groups, out / groups, in / g, ...)
+    return (grouped * scale.reshape(kernel.groups, 1, -1, 1, 1)).flatten(0, 1)
+
+
+def _through(kernel: ConvKernel, constant: Tensor | None) -> Tensor | None:
+    """Return what `kernel` adds to its output when `constant`, `(in,)`, is added to its input."""
+    if constant is None:
+        return None
+    return _scale_inputs(kernel, constant).sum(dim=(1, 2, 3))
+
+
+def _add_optional(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _size(kernel: ConvKernel) -> str:
+    return "x".join(str(side) for side in kernel.kernel_size)

@@ -1,0 +1,172 @@
+"""Objects described by plain data: `{"_target_": "repnet.models.RepVGG", "depths": [1, 2], ...}`.
+
+The same description stands in a config, in a checkpoint and in a deploy file. Data that came out of
+a file is built with `allowed` packages only: nothing else is imported or called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repnet.errors import InputError
+
+_PACKAGE = Path(__file__).parent
+# A wheel carries the configs inside the package; in a checkout they stand beside it.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+MODEL_PACKAGES = ("repnet.models", "repnet.blocks", "repnet.layers")
+
+
+def choices(group: str) -> list[str]:
+    """Return the names in a config group, `configs/GROUP/NAME.yaml`."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def load_choice(group: str, name: str) -> dict[str, Any]:
+    """Return the plain data of `configs/GROUP/NAME.yaml`.
+
+    Raises:
+        InputError: there is no such file; the message lists those that exist.
+    """
+    names = choices(group)
+    if name not in names:
+        raise InputError(unknown_name(group, name, names))
+    return yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:
+    """Return the message for a name that is not among `names`, with the nearest that is."""
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    return f"unknown {kind} '{name}'{hint} Choose one of: {', '.join(names) or '(none)'}".replace(
+        "' Choose", "'. Choose"
+    )
+
+
+def build(spec: Any, *, allowed: Iterable[str] | None = None) -> Any:
+    """Return what `spec` describes; a dict with `_target_` becomes a call, all else stays data.
+
+    `_partial_: true` binds the arguments without calling, `_args_` are positional. The returned
+    object of a call at the top keeps `spec` as its attribute `architecture` if it is a module and
+    `spec` is plain data, so that it can be saved.
+
+    Args:
+        spec: nested dicts, lists and scalars.
+        allowed: packages that targets must be defined in; None for the user's own config, where
+            anything importable is. All targets are checked before the first is called.
+
+    Raises:
+        InputError: a target does not exist, is not allowed, or does not take these arguments.
+    """
+    packages = None if allowed is None else tuple(allowed)
+    targets = {target: _resolve(target, packages) for target in set(_targets(spec))}
+    built = _build(spec, targets)
+    if targets and hasattr(built, "register_buffer") and is_plain(spec):
+        built.architecture = spec
+    return built
+
+
+def is_plain(data: Any) -> bool:
+    """Return whether `data` holds only what a checkpoint may hold beside tensors."""
+    if isinstance(data, dict):
+        return all(isinstance(k, str) and is_plain(v) for k, v in data.items())
+    if isinstance(data, list | tuple):
+        return all(is_plain(v) for v in data)
+    return data is None or isinstance(data, bool | int | float | str)
+
+
+def foreign_packages(spec: Any, own: Sequence[str] = MODEL_PACKAGES) -> list[str]:
+    """Return the top-level packages of the targets that need trust, as in `trust=[mypackage]`."""
+    return sorted({t.partition(".")[0] for t in _targets(spec) if not _within(t, own)})
+
+
+def _targets(spec: Any) -> Iterator[str]:
+    if isinstance(spec, dict):
+        if "_target_" in spec:
+            yield str(spec["_target_"])
+        for value in spec.values():
+            yield from _targets(value)
+    elif isinstance(spec, list | tuple):
+        for value in spec:
+            yield from _targets(value)
+
+
+def _build(spec: Any, targets: dict[str, Callable[..., Any]]) -> Any:
+    if isinstance(spec, list | tuple):
+        return [_build(value, targets) for value in spec]
+    if not isinstance(spec, dict):
+        return spec
+    values = {k: _build(v, targets) for k, v in spec.items() if k not in ("_target_", "_partial_")}
+    if "_target_" not in spec:
+        return values
+    name = str(spec["_target_"])
+    args = values.pop("_args_", [])
+    if special := [k for k in values if k.startswith("_")]:
+        raise InputError(f"{name}: unknown key '{special[0]}'; known are _partial_ and _args_")
+    if spec.get("_partial_"):
+        return functools.partial(targets[name], *args, **values)
+    try:
+        inspect.signature(targets[name]).bind(*args, **values)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}") from error
+    except ValueError:
+        pass  # a builtin without a signature
+    return targets[name](*args, **values)
+
+
+def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]:
+    """Return the class or function that `target` names, checked as an object, not as a spelling."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+        raise InputError(f"'{target}' is not the dotted name of a class or function")
+    if allowed is not None and not _within(target, allowed):
+        raise InputError(
+            f"'{target}' may not be built from a file: it is not defined in "
+            f"{', '.join(allowed)}. If you trust its author, add trust=[{target.split('.')[0]}]"
+        )
+    found = _locate(target)
+    if allowed is not None:
+        plain = inspect.isclass(found) or inspect.isfunction(found)
+        home = getattr(found, "__module__", None) or ""
+        name = getattr(found, "__qualname__", "")
+        if not plain or not _within(home, allowed) or "." in name or name.startswith("_"):
+            raise InputError(
+                f"'{target}' may not be built from a file: it is {home}.{name}, which is not a "
+                f"public class or function of {', '.join(allowed)}"
+            )
+    if not callable(found):
+        raise InputError(f"'{target}' is not a class or function")
+    return found
+
+
+def _locate(target: str) -> Any:
+    parts = target.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:end])
+        try:
+            found = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+                continue
+            raise InputError(f"cannot import '{module_name}': {error}") from error
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                names = [n for n in dir(found) if not n.startswith("_")]
+                nearest = difflib.get_close_matches(part, names, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+                raise InputError(f"'{target}': {module_name} has no '{part}'{hint}")
+            found = getattr(found, part)
+        return found
+    raise InputError(f"'{target}': there is no module '{parts[0]}'")
+
+
+def _within(name: str, packages: Sequence[str]) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in packages)

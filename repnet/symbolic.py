@@ -1,0 +1,383 @@
+"""What each torch function does to a `ConvKernel`, and `kernel_of`, which runs a module on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, Pair, add, concat, select
+
+
+def kernel_of(module: nn.Module, in_channels: int) -> ConvKernel:
+    """Return the one convolution that `module` computes in evaluation.
+
+    `module(ConvKernel.identity(in_channels))`: what `forward` does to the kernel is its fold, so
+    there is nothing to keep in step with it. Differentiable in the module's parameters. Weights in
+    half precision are folded in float64. The training flags are as before when this returns.
+
+    Args:
+        module: takes and returns one `(batch, channels, height, width)` tensor.
+        in_channels: channels of its input.
+
+    Raises:
+        NotAffineError: forward does something that has no rule, or that a kernel cannot follow.
+        NotFoldableError: the module is not affine and shift-invariant; the reason is the message.
+
+    Example:
+        >>> kernel_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 3).weight.shape
+        torch.Size([8, 3, 3, 3])
+    """
+    tensors = [t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()]
+    like = _exact(tensors[0]) if tensors else torch.empty(0)
+    identity = ConvKernel.identity(in_channels, dtype=like.dtype, device=like.device)
+    try:
+        with evaluating(module):
+            kernel = module(identity)
+    except NotFoldableError:
+        raise
+    except Exception as error:  # forward is anyone's code, and may do anything to its input
+        raise NotAffineError(f"forward cannot be followed: {error}") from error
+    if not isinstance(kernel, ConvKernel):
+        raise NotAffineError(f"forward returns {type(kernel).__name__}, not one feature map")
+    return kernel
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` into evaluation mode, and each submodule back into its own mode at the end."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return `func(*args, **kwargs)` where at least one argument is a `ConvKernel`.
+
+    Raises:
+        NotAffineError: `func` has no rule.
+        NotFoldableError: `func` is not affine and shift-invariant on these arguments.
+    """
+    rule = RULES.get(func)
+    if rule is None:
+        name = getattr(func, "__name__", str(func))
+        reason = REASONS.get(name.rstrip("_"), "is not known to be affine and shift-invariant")
+        raise NotAffineError(f"{name} {reason}")
+    return rule(*args, **kwargs)
+
+
+def _convolve(
+    x: ConvKernel,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> ConvKernel:
+    dilations = _pair(dilation)
+    sides: list[Pair]
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(p, p) for p in _pair(0 if isinstance(padding, str) else padding)]
+    return _then(
+        x,
+        ConvKernel(
+            _exact(weight),
+            _exact(bias),
+            stride=_pair(stride),
+            padding=(sides[0], sides[1]),
+            dilation=dilations,
+            groups=groups,
+        ),
+    )
+
+
+def _convolve_transposed(
+    x: ConvKernel,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> ConvKernel:
+    """`weight` is `(in, out / groups, kh, kw)`: the adjoint of a convolution, so it is flipped."""
+    dilations, crops, extras = _pair(dilation), _pair(padding), _pair(output_padding)
+    flipped = _exact(weight).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    sides = []
+    for axis in range(2):
+        full = dilations[axis] * (flipped.shape[2 + axis] - 1) - crops[axis]
+        sides.append((full, full + extras[axis]))
+    return _then(
+        x,
+        ConvKernel(
+            flipped,
+            _exact(bias),
+            padding=(sides[0], sides[1]),
+            dilation=dilations,
+            upsample=_pair(stride),
+            groups=groups,
+        ),
+    )
+
+
+def _batch_norm(
+    x: ConvKernel,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> ConvKernel:
+    mean, variance = _exact(running_mean), _exact(running_var)
+    if training or mean is None or variance is None:
+        raise NotFoldableError("batch_norm without running statistics divides by those of its batch")
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * _exact(weight)
+    shift = -mean * scale
+    return _channelwise(x, scale, shift if bias is None else shift + _exact(bias))
+
+
+def _average_pool(
+    x: ConvKernel,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> ConvKernel:
+    height, width = _pair(kernel_size)
+    if ceil_mode:
+        raise NotFoldableError(
+            "avg_pool2d with ceil_mode=True averages over fewer samples at the border; "
+            "set ceil_mode=False"
+        )
+    if max(_pair(padding)) > 0 and not count_include_pad and divisor_override is None:
+        raise NotFoldableError(
+            "avg_pool2d with count_include_pad=False weights the border differently; "
+            "set count_include_pad=True"
+        )
+    weight = torch.full(
+        (x.out_channels, 1, height, width),
+        1 / (divisor_override or height * width),
+        dtype=x.dtype,
+        device=x.device,
+    )
+    return _convolve(x, weight, None, stride or (height, width), padding, 1, x.out_channels)
+
+
+def _pad(
+    x: ConvKernel, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> ConvKernel:
+    if mode != "constant" or value:
+        kind = f"mode '{mode}'" if mode != "constant" else f"the constant {value}"
+        raise NotFoldableError(f"pad with {kind} is not the zero padding of a convolution")
+    if any(pad[4:]):
+        raise NotFoldableError("pad beyond height and width adds channels or samples")
+    left, right, top, bottom = (*pad, 0, 0, 0, 0)[:4]
+    identity = ConvKernel.identity(x.out_channels, dtype=x.dtype, device=x.device)
+    return _then(x, replace(identity, padding=((top, bottom), (left, right))))
+
+
+def _add(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
+    y = _mul(y, alpha) if alpha != 1 else y
+    if isinstance(x, ConvKernel) and isinstance(y, ConvKernel):
+        return add([x, y])
+    kernel, constant = (x, y) if isinstance(x, ConvKernel) else (y, x)
+    if isinstance(constant, int | float) and constant == 0:
+        return kernel  # the start of Python's sum()
+    shift = _constant(kernel, constant)
+    return _channelwise(kernel, torch.ones_like(shift), shift)
+
+
+def _sub(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
+    return _add(x, _mul(y, -alpha))
+
+
+def _mul(x: Any, y: Any) -> Any:
+    if not (isinstance(x, ConvKernel) or isinstance(y, ConvKernel)):
+        return x * y
+    if isinstance(x, ConvKernel) and isinstance(y, ConvKernel):
+        raise NotFoldableError("the product of two maps of the input is not affine")
+    kernel, constant = (x, y) if isinstance(x, ConvKernel) else (y, x)
+    return _channelwise(kernel, _constant(kernel, constant), None)
+
+
+def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> ConvKernel:
+    if not isinstance(x, ConvKernel) or isinstance(y, ConvKernel):
+        raise NotFoldableError("division by a map of the input is not affine")
+    if rounding_mode is not None:
+        raise NotFoldableError("division with rounding is not affine")
+    return _channelwise(x, 1 / _constant(x, y), None)
+
+
+def _cat(tensors: Sequence[Any], dim: int = 0) -> ConvKernel:
+    if dim not in (1, -3):
+        raise NotFoldableError(f"cat along dim {dim}: only channels, dim 1, can be concatenated")
+    if not all(isinstance(t, ConvKernel) for t in tensors):
+        raise NotFoldableError("cat with a constant tensor, which has a size and so a border")
+    return concat(list(tensors))
+
+
+def _split(x: ConvKernel, sizes: int | Sequence[int], dim: int = 0) -> tuple[ConvKernel, ...]:
+    if dim not in (1, -3):
+        raise NotFoldableError(f"a split along dim {dim} is not shift-invariant")
+    if isinstance(sizes, int):
+        starts = range(0, x.out_channels, sizes)
+        return tuple(select(x, start, min(start + sizes, x.out_channels)) for start in starts)
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(select(x, stop - n, stop) for n, stop in zip(sizes, stops, strict=True))
+
+
+def _chunk(x: ConvKernel, chunks: int, dim: int = 0) -> tuple[ConvKernel, ...]:
+    return _split(x, -(-x.out_channels // chunks), dim)
+
+
+def _narrow(x: ConvKernel, dim: int, start: int, length: int) -> ConvKernel:
+    return _split(x, [start, length, x.out_channels - start - length], dim)[1]
+
+
+def _getitem(x: ConvKernel, index: Any) -> ConvKernel:
+    index = index if isinstance(index, tuple) else (index,)
+    everything = slice(None)
+    channels = index[1] if len(index) > 1 else everything
+    others = [i for n, i in enumerate(index) if n != 1 and i is not Ellipsis]
+    if any(i != everything for i in others) or not isinstance(channels, slice):
+        raise NotFoldableError("slicing anything but channels is not shift-invariant")
+    start, stop, step = channels.indices(x.out_channels)
+    if step != 1 or stop <= start or (Ellipsis in index and len(index) != 4):
+        raise NotFoldableError("only a contiguous range of channels, x[:, a:b], can be followed")
+    return select(x, start, stop)
+
+
+def _size(x: ConvKernel, dim: int | None = None) -> int:
+    if dim not in (1, -3):
+        raise NotFoldableError("forward reads the batch or image size, which a kernel lacks")
+    return x.out_channels
+
+
+def _dropout(x: ConvKernel, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if training:
+        raise NotFoldableError("dropout in training is random")
+    return x
+
+
+def _unchanged(x: ConvKernel, *args: Any, **kwargs: Any) -> ConvKernel:
+    return x
+
+
+def _then(x: ConvKernel, kernel: ConvKernel) -> ConvKernel:
+    if x.out_channels != kernel.in_channels:
+        raise NotFoldableError(
+            f"{x.out_channels} channels enter a layer that expects {kernel.in_channels}"
+        )
+    return x.then(kernel)
+
+
+def _channelwise(x: ConvKernel, scale: Tensor, shift: Tensor | None) -> ConvKernel:
+    """Return `x * scale + shift`, both `(channels,)`."""
+    return _then(x, ConvKernel(scale.reshape(-1, 1, 1, 1), shift, groups=scale.numel()))
+
+
+def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
+    """Return a constant operand as one value per channel, `(channels,)`."""
+    channels = kernel.out_channels
+    value = _exact(torch.as_tensor(constant, device=kernel.device))
+    if not isinstance(constant, Tensor):
+        value = value.to(kernel.dtype)
+    if value.numel() == 1 and value.ndim <= 4:
+        return value.reshape(1).expand(channels)
+    shape = (1,) * (4 - value.ndim) + tuple(value.shape)
+    if shape != (1, channels, 1, 1):
+        raise NotFoldableError(
+            f"a constant of shape {tuple(value.shape)} varies in space; one value per channel, "
+            f"({channels}, 1, 1), can be folded"
+        )
+    return value.flatten()
+
+
+def _exact(tensor: Any) -> Any:
+    """Return half-precision tensors in float64, others unchanged."""
+    if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+        return tensor.double()
+    return tensor
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    values = tuple(value)
+    return (values[0], values[-1])
+
+
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.conv2d: _convolve,
+    functional.conv_transpose2d: _convolve_transposed,
+    functional.batch_norm: _batch_norm,
+    functional.avg_pool2d: _average_pool,
+    functional.pad: _pad,
+    functional.dropout: _dropout,
+    functional.dropout2d: _dropout,
+    torch.cat: _cat,
+    torch.concat: _cat,
+    torch.concatenate: _cat,
+    torch.rsub: lambda x, y: _sub(y, x),
+    Tensor.__rsub__: lambda x, y: _sub(y, x),
+    Tensor.__getitem__: _getitem,
+    Tensor.size: _size,
+    Tensor.dim: lambda x: 4,
+    **{
+        function: rule
+        for names, rule in (
+            (("add", "__add__", "__radd__"), _add),
+            (("sub", "subtract", "__sub__"), _sub),
+            (("mul", "multiply", "__mul__", "__rmul__"), _mul),
+            (("div", "divide", "true_divide", "__truediv__"), _div),
+            (("neg", "negative", "__neg__"), lambda x: _mul(x, -1)),
+            (("split", "split_with_sizes"), _split),
+            (("chunk",), _chunk),
+            (("narrow",), _narrow),
+            (("clone", "detach", "contiguous"), _unchanged),
+        )
+        for name in names
+        for namespace in (torch, Tensor)
+        if (function := getattr(namespace, name, None)) is not None
+    },
+}
+
+_SIZED = "depends on the size of its input"
+_POINTWISE = "is not affine"
+REASONS = {
+    **dict.fromkeys(
+        ["adaptive_avg_pool2d", "interpolate", "upsample", "flatten", "view", "reshape", "mean"],
+        _SIZED,
+    ),
+    **dict.fromkeys(
+        ["relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardtanh", "softmax"],
+        _POINTWISE,
+    ),
+    **dict.fromkeys(
+        ["leaky_relu", "elu", "mish", "prelu", "hardsigmoid", "max_pool2d"], _POINTWISE
+    ),
+    **dict.fromkeys(
+        ["layer_norm", "group_norm", "instance_norm"], "divides by statistics of its own input"
+    ),
+}
