@@ -1,0 +1,175 @@
+"""Training checkpoints: tensors and plain data, written atomically, loaded without running code.
+
+A checkpoint is what Lightning saves (so that it resumes), with one more entry, `repnet`: format,
+version, form, and the run's config, which describes the model (`repnet.spec`).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repnet.errors import InputError
+from repnet.files import write_atomically
+from repnet.spec import MODEL_PACKAGES, build
+
+FORMAT = "repnet-checkpoint"
+VERSION = 1
+MODEL_PREFIX = "model."  # of the network's keys in the LightningModule's state dict
+
+
+def describe(config: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Return the `repnet` entry of a checkpoint.
+
+    Args:
+        config: the run's whole config as plain data; `config["model"]` describes the network.
+        data: what the network was trained on: input shape, normalization, class names.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "form": "train",
+        "config": config,
+        "data": data,
+    }
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write `checkpoint` atomically, and read it back as `load_checkpoint` would."""
+    write_atomically(
+        path,
+        lambda temporary: torch.save(checkpoint, temporary),
+        lambda temporary: torch.load(temporary, weights_only=True, mmap=True, map_location="cpu"),
+    )
+
+
+def load_checkpoint(
+    path: str | Path, *, trust: Sequence[str] = ()
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a checkpoint in its train form, on the CPU, and the run's config.
+
+    Runs no code from the file: it is unpickled as tensors and plain data only, and the network is
+    built from classes of repnet's models, blocks and layers, or of packages in `trust`.
+
+    Args:
+        path: of a `.ckpt` file, or of a run directory, whose best checkpoint is taken.
+        trust: names of packages that may be imported to build the network.
+
+    Raises:
+        InputError: no such file, damaged, of another format, or it asks for anything else.
+    """
+    contents = read_checkpoint(path)
+    return model_from(contents, path, trust=trust), contents["repnet"]["config"]
+
+
+def model_from(
+    contents: dict[str, Any], path: str | Path, *, trust: Sequence[str] = ()
+) -> nn.Module:
+    """Return the network that the contents of a checkpoint describe.
+
+    Args:
+        contents: of `read_checkpoint`.
+        path: for messages.
+        trust: as in `load_checkpoint`.
+
+    Raises:
+        InputError: the description is not allowed, or the weights do not fit it.
+    """
+    spec = contents["repnet"]["config"].get("model")
+    try:
+        model = build(spec, allowed=(*MODEL_PACKAGES, *trust))
+    except RecursionError as error:
+        raise InputError(f"{path}: the description of its network is nested too deeply") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{path}: its 'model' entry does not describe a network")
+    state = {
+        key.removeprefix(MODEL_PREFIX): value
+        for key, value in contents["state_dict"].items()
+        if key.startswith(MODEL_PREFIX)
+    }
+    try:
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: its weights do not fit its network: {error}") from error
+    return model
+
+
+def find_checkpoint(path: str | Path, name: str = "best") -> Path:
+    """Return the checkpoint file that `path` is or, for a run directory, holds.
+
+    Raises:
+        InputError: there is none; says what there is instead.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "model.json").exists():
+            raise InputError(
+                f"'{path}' holds a deploy model, which is folded already; a checkpoint in train "
+                "form is wanted (RUN/checkpoints/best.ckpt). To use it: repnet.load_deployed"
+            )
+        checkpoint = path / "checkpoints" / f"{name}.ckpt"
+        if not checkpoint.exists():
+            raise InputError(f"'{path}' holds no checkpoint: there is no '{checkpoint}'")
+        return checkpoint
+    if not path.exists():
+        raise InputError(f"there is no checkpoint '{path}'; pass a file such as "
+                         "RUN/checkpoints/best.ckpt, or the run's directory")  # fmt: skip
+    if path.suffix in (".safetensors", ".json"):
+        raise InputError(
+            f"'{path}' belongs to a deploy model; a checkpoint in train form (.ckpt) is wanted"
+        )
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the contents of a repnet checkpoint, tensors on the CPU.
+
+    Raises:
+        InputError: no such file, damaged, of another format or a newer version, or it holds
+            anything but tensors and plain data.
+    """
+    path = find_checkpoint(path)
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"'{found[1]}'" if found else "something else"
+        if found is None and not _looks_pickled(path):
+            raise InputError(f"'{path}' is not a checkpoint, or it is damaged") from error
+        raise InputError(
+            f"'{path}' was not loaded: it holds {what}, and loading it could run code. A repnet "
+            "checkpoint holds only tensors and plain data"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"'{path}' is damaged, truncated or no checkpoint: {reason}") from error
+    entry = contents.get("repnet") if isinstance(contents, dict) else None
+    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
+        kind = "holds no dict"
+        if isinstance(contents, dict):
+            kind = f"has the keys {', '.join(map(str, list(contents)[:6])) or '(none)'}"
+        raise InputError(f"'{path}' is not a repnet checkpoint: it {kind}")
+    version = entry.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise InputError(
+            f"'{path}' has format version {version}, this repnet reads up to {VERSION}; upgrade"
+        )
+    if entry.get("form") != "train":
+        raise InputError(f"'{path}' is in {entry.get('form')} form; the train form is wanted")
+    if not isinstance(entry.get("config"), dict) or not isinstance(contents.get("state_dict"), dict):
+        raise InputError(f"'{path}' is incomplete: it lacks a config or weights")
+    return contents
+
+
+def _looks_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(2)
+    return head in (b"PK",) or head[:1] == b"\x80"

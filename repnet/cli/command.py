@@ -1,0 +1,113 @@
+"""What both commands share: Hydra, with one clear message and exit code for every failure."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from repnet.errors import InputError
+from repnet.spec import CONFIGS, unknown_name
+
+BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
+
+
+def run(config_name: str, job: Callable[[DictConfig], Any]) -> None:
+    """Run `job` with the composed config, and exit with the code that says how it ended.
+
+    Exit codes: 0 done, 1 unexpected error, 2 bad input, 3 verification failed, 130 interrupted.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except (HydraException, OmegaConfBaseException, InputError) as error:
+        _fail(message_of(error), BAD_INPUT)
+    except Exception as error:  # the last resort: say what is known, and do not pretend
+        code = exit_code(error)
+        if code is None:
+            traceback.print_exc()
+            _fail(f"unexpected {type(error).__name__}: {error}", 1)
+        _fail(str(error), code)
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error that explains itself, else None."""
+    # Looked up by name where torch need not be imported to know that the error is not one of them.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "InputError" in names:
+        return BAD_INPUT
+    if names & {"FoldMismatchError", "VerificationError"}:
+        return REFUSED
+    return 1 if "NonFiniteLossError" in names else None
+
+
+def message_of(error: BaseException) -> str:
+    """Return one clear message; of a chain of errors the one that is ours, or Hydra's cause."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    ours = next((e for e in chain if isinstance(e, InputError)), None)
+    if ours is not None:
+        # A data loader's worker sends its whole traceback as the message; the last line is ours.
+        text = str(ours)
+        return text.splitlines()[-1].rpartition("InputError: ")[2] if "Traceback" in text else text
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return unknown_name(group, name.removesuffix(".yaml"), list(error.options))
+    lines = [str(e).strip() for e in chain if isinstance(e, HydraException | OmegaConfBaseException)]
+    text = "\n".join(dict.fromkeys(lines))
+    if missing := re.search(r"Missing mandatory value: (\w+)", text):
+        return f"{missing[1]} is required: add {missing[1]}=... to the command"
+    return text
+
+
+def output_directory() -> Path:
+    """Return the absolute directory that Hydra made for this job."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def remove_if_empty(directory: Path) -> None:
+    """Remove the directory that Hydra made for a job that wrote nothing."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def command_line(script: str, **overrides: Any) -> str:
+    """Return the command that runs `script` ('train' or 'deploy') as this process was run."""
+    installed = Path(sys.argv[0]).name.startswith("repnet-")
+    words = [f"repnet-{script}"] if installed else ["python", f"{script}.py"]
+    for key, value in overrides.items():
+        words.append(shlex.quote(f"{key}={_quoted(value)}"))
+    return " ".join(words)
+
+
+def _quoted(value: Any) -> str:
+    """Return a value as Hydra's grammar reads it."""
+    if isinstance(value, list):
+        return f"[{','.join(_quoted(v) for v in value)}]"
+    text = str(value)
+    if re.fullmatch(r"[\w./:%+@-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"{'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr, flush=True)
+    sys.exit(code)

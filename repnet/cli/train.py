@@ -1,0 +1,113 @@
+"""`python train.py`, `repnet-train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from repnet.cli import command
+from repnet.errors import InputError
+from repnet.files import write_json
+from repnet.spec import MODEL_PACKAGES, foreign_packages
+
+
+def main() -> None:
+    """Train from a config, resume a run, or sweep over configs (`-m`)."""
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        if key == "resume" and value and value != "null":
+            # The run continues in its own directory.
+            path = str(Path(value.strip("'\"")).resolve()).replace("'", "\\'")
+            sys.argv.append(f"hydra.run.dir='{path}'")
+            break
+    command.run("train", job)
+
+
+def job(cfg: DictConfig) -> float | None:
+    """Run one training; in a sweep a failure is written down and the next job starts."""
+    directory = command.output_directory()
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        result = _train(cfg, directory, overrides)
+    except Exception as error:
+        if not sweeping:
+            command.remove_if_empty(directory)
+            raise
+        message = command.message_of(error) if command.exit_code(error) else repr(error)
+        failure = {"error": message, "overrides": overrides}
+        write_json(directory / "result.json", failure)
+        print(f"job failed: {message}", file=sys.stderr, flush=True)
+        return None
+    except KeyboardInterrupt:
+        if (directory / "checkpoints" / "last.ckpt").exists():
+            trust = {"trust": list(cfg.trust)} if cfg.trust else {}
+            resume = command.command_line("train", resume=directory, **trust)
+            print(f"\nThe state was saved. Continue with:\n{resume}", flush=True)
+        raise
+    return result["val"]["top1"]
+
+
+def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
+    trust = list(cfg.trust)
+    if cfg.resume:
+        config = _saved_config(cfg, directory, overrides)
+    else:
+        config = OmegaConf.to_container(cfg, resolve=True)
+        del config["resume"], config["trust"]
+    from repnet.training.run import train  # torch is imported only when there is work to do
+
+    result = train(config, directory, resume=bool(cfg.resume), trust=trust)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        write_json(directory / "result.json", {**result, "overrides": overrides})
+        _summarize(result, sorted({*trust, *foreign_packages(config["model"], MODEL_PACKAGES)}))
+    return result
+
+
+def _saved_config(cfg: DictConfig, directory: Path, overrides: list[str]) -> Any:
+    """Return the config that a run was started with, changed by plain value overrides only."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        what = "holds a deploy model, which is not trained" if (directory / "model.json").exists(
+        ) else "is not a run: it has no config.yaml"  # fmt: skip
+        raise InputError(f"cannot resume: '{cfg.resume}' {what}")
+    saved = OmegaConf.load(path)
+    groups = [name for name in HydraConfig.get().runtime.choices if "/" not in str(name)]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in ("resume", "trust"):
+            continue
+        if key in groups or key.startswith(("+", "~")) or OmegaConf.select(saved, key) is None:
+            raise InputError(
+                f"'{override}' cannot be combined with resume, which continues a run with its own "
+                "config; values such as trainer.max_epochs=60 can be changed"
+            )
+        OmegaConf.update(saved, key, OmegaConf.create(f"value: {value}").value)
+    return OmegaConf.to_container(saved, resolve=False)
+
+
+def _summarize(result: dict[str, Any], trust: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Training finished", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    top1 = result["val"]["top1"]
+    table.add_row("test top-1", f"[bold]{result['test']['top1']:.2%}[/bold]")
+    table.add_row("test top-5", f"{result['test']['top5']:.2%}")
+    table.add_row("best validation top-1", "-" if top1 is None else f"{top1:.2%}")
+    table.add_row("epochs", str(result["epochs"]))
+    table.add_row("training speed", f"{result['images_per_second']:,.0f} images/s")
+    table.add_row("wall time", f"{result['wall_seconds']:.1f} s")
+    Console().print(table)
+    options: dict[str, Any] = {"trust": trust} if trust else {}
+    print("Next, fold it and confirm that its predictions are unchanged:")
+    print(command.command_line("deploy", ckpt=result["best_checkpoint"], **options), flush=True)
+

@@ -1,0 +1,127 @@
+"""Data sets of torchvision, held in memory."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torchvision
+from torch import Tensor
+
+from repnet.data.base import ImageDataModule, Splits, TensorImages, split_indices
+from repnet.errors import InputError
+
+
+class _TorchvisionImages(ImageDataModule):
+    """A torchvision data set with an official test split; part of its train split validates.
+
+    Args:
+        root: directory that holds the data set in torchvision's layout.
+        download: fetch it into `root` if it is not there.
+        val_size: images of the official train split that are held out, the same in every run.
+        **options: of `ImageDataModule`, except mean and std.
+    """
+
+    dataset: ClassVar[Any]
+    channel_mean: ClassVar[Sequence[float]]
+    channel_std: ClassVar[Sequence[float]]
+
+    def __init__(
+        self, root: str = "data", *, download: bool = False, val_size: int = 5000, **options: Any
+    ) -> None:
+        super().__init__(mean=self.channel_mean, std=self.channel_std, **options)
+        self.root = root
+        self.download = download
+        self.val_size = val_size
+
+    def load(self) -> Splits:
+        images, labels = self.read(train=True)
+        test_images, test_labels = self.read(train=False)
+        self.input_shape = (images.shape[1], images.shape[2], images.shape[3])
+        if not 0 < self.val_size < len(images):
+            raise InputError(
+                f"data.val_size={self.val_size} must lie between 1 and {len(images) - 1}"
+            )
+        train, val = split_indices(len(images), self.val_size)
+        normal = {"mean": self.mean, "std": self.std}
+        return (
+            TensorImages(images[train], labels[train], **normal, augment=self.augment),
+            TensorImages(images[val], labels[val], **normal),
+            TensorImages(test_images, test_labels, **normal),
+        )
+
+    def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
+        """Return uint8 images `(n, channels, height, width)` and labels of one official split.
+
+        Raises:
+            InputError: the data set is not there, or damaged.
+        """
+        name = self.dataset.__name__
+        try:
+            data = self._open(train)
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            raise InputError(
+                f"cannot read {name} under data.root='{self.root}': {error}. Pass the directory "
+                f"that holds it as data.root=DIR, or fetch it with data.download=true"
+            ) from error
+        self.class_names = list(data.classes)
+        return self.as_images(data.data), torch.as_tensor(data.targets)
+
+    def _open(self, train: bool) -> Any:
+        return self.dataset(self.root, train=train, download=self.download)
+
+    @staticmethod
+    def as_images(data: Any) -> Tensor:
+        """Return torchvision's array as uint8 `(n, channels, height, width)`."""
+        raise NotImplementedError
+
+
+class MNIST(_TorchvisionImages):
+    """70,000 handwritten digits of 28 x 28 pixels, `ROOT/MNIST/raw/*-ubyte[.gz]`."""
+
+    dataset: ClassVar[Any] = torchvision.datasets.MNIST
+    channel_mean: ClassVar[Sequence[float]] = [0.1307]
+    channel_std: ClassVar[Sequence[float]] = [0.3081]
+
+    def _open(self, train: bool) -> Any:
+        folder = Path(self.root) / self.dataset.__name__ / "raw"
+        packed = list(folder.glob("*-ubyte.gz"))
+        if self.download or not packed or any(folder.glob("*-ubyte")):
+            return super()._open(train)
+        # torchvision reads plain files only; the user's directory stays as it is.
+        with tempfile.TemporaryDirectory() as root:
+            copy = Path(root) / self.dataset.__name__ / "raw"
+            copy.mkdir(parents=True)
+            for path in packed:
+                with gzip.open(path) as source, (copy / path.stem).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            return self.dataset(root, train=train)
+
+    @staticmethod
+    def as_images(data: Any) -> Tensor:
+        return data[:, None]
+
+
+class FashionMNIST(MNIST):
+    """70,000 clothes of 28 x 28 pixels (arXiv:1708.07747), `ROOT/FashionMNIST/raw/*-ubyte[.gz]`."""
+
+    dataset: ClassVar[Any] = torchvision.datasets.FashionMNIST
+    channel_mean: ClassVar[Sequence[float]] = [0.2860]
+    channel_std: ClassVar[Sequence[float]] = [0.3530]
+
+
+class CIFAR10(_TorchvisionImages):
+    """60,000 color images of 32 x 32 pixels, `ROOT/cifar-10-batches-py/`."""
+
+    dataset: ClassVar[Any] = torchvision.datasets.CIFAR10
+    channel_mean: ClassVar[Sequence[float]] = [0.4914, 0.4822, 0.4465]
+    channel_std: ClassVar[Sequence[float]] = [0.2470, 0.2435, 0.2616]
+
+    @staticmethod
+    def as_images(data: Any) -> Tensor:
+        return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()

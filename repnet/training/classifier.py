@@ -1,0 +1,97 @@
+"""`Classifier`, the LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from repnet.training.parameter_groups import repvgg_parameter_groups
+
+
+class Classifier(LightningModule):
+    """Train any image classifier; logs `train/loss` and `{val,test}/{loss,top1,top5}`.
+
+    Args:
+        model: maps images `(batch, channels, height, width)` to logits `(batch, num_classes)`.
+        num_classes: for the metrics; top-5 is top-`num_classes` where there are fewer.
+        optimizer: called with parameter groups.
+        scheduler: called as `scheduler(optimizer, total_steps=, steps_per_epoch=)`; stepped after
+            every optimizer step.
+        loss: called with logits and labels in training.
+        parameter_groups: called with `model`.
+        channels_last: hold the model and its input in that memory format.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        parameter_groups: Callable[[nn.Module], Iterable[Any]] = repvgg_parameter_groups,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = model.to(memory_format=self.memory_format)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loss = loss or nn.CrossEntropyLoss()
+        self.parameter_groups = parameter_groups
+        accuracies = MetricCollection(
+            {
+                "top1": MulticlassAccuracy(num_classes, average="micro"),
+                "top5": MulticlassAccuracy(
+                    num_classes, average="micro", top_k=min(5, num_classes)
+                ),
+            }
+        )
+        self.accuracies = nn.ModuleDict(
+            {f"{split}_accuracy": accuracies.clone(prefix=f"{split}/") for split in ("val", "test")}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.contiguous(memory_format=self.memory_format))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, labels = batch
+        loss = self.loss(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        metrics = self.accuracies[f"{split}_accuracy"]
+        metrics.update(logits, labels)  # type: ignore[operator]
+        self.log(f"{split}/loss", loss, batch_size=len(images), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameter_groups(self.model))
+        if self.scheduler is None:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        epochs = self.trainer.max_epochs or 1
+        steps_per_epoch = max(1, math.ceil(total / epochs)) if epochs > 0 else total
+        scheduler = self.scheduler(optimizer, total_steps=total, steps_per_epoch=steps_per_epoch)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

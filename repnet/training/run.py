@@ -1,0 +1,256 @@
+"""`train`: from a config as plain data to a tested checkpoint in a directory."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from repnet import __version__
+from repnet.callbacks import CheckpointEntry, History, SafeCheckpointIO, SaveOnInterrupt
+from repnet.callbacks import StopOnNonFiniteLoss
+from repnet.checkpoint import describe
+from repnet.complexity import count_parameters
+from repnet.errors import InputError
+from repnet.files import write_text
+from repnet.spec import MODEL_PACKAGES, build
+from repnet.training.classifier import Classifier
+
+# What the config of a run directory may name when a run is resumed from it.
+RESUME_PACKAGES = (
+    *MODEL_PACKAGES,
+    "repnet.data",
+    "repnet.training",
+    "torch.optim",
+    "torch.nn.modules.loss",
+    "torchvision.transforms.v2",
+    "pytorch_lightning.trainer",
+    "pytorch_lightning.loggers",
+)
+
+
+def train(
+    config: dict[str, Any],
+    directory: Path,
+    *,
+    resume: bool = False,
+    trust: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train, and test the best checkpoint; `directory` receives all that is written.
+
+    Args:
+        config: the composed config, resolved, as plain data.
+        directory: of the run; made if it is not there.
+        resume: continue from `directory/checkpoints/last.ckpt`; `config` came out of a file then,
+            and may name only what `RESUME_PACKAGES` and `trust` hold.
+        trust: packages.
+
+    Returns:
+        Metrics, checkpoint, speed, time and versions: what `result.json` holds.
+
+    Raises:
+        InputError: something in the config or the data is wrong.
+        NonFiniteLossError: the training diverged.
+        KeyboardInterrupt: Ctrl-C, after the state was saved.
+    """
+    started = time.perf_counter()
+    _quiet()
+    allowed = (*RESUME_PACKAGES, *trust) if resume else None
+    checkpoints = directory / "checkpoints"
+    last = checkpoints / "last.ckpt"
+    main_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if resume and not last.exists():
+        raise InputError(f"there is nothing to resume: '{last}' does not exist")
+    if not resume and main_process and checkpoints.exists():
+        raise InputError(
+            f"'{directory}' already holds a run; continue it with resume={directory}, or choose "
+            "another hydra.run.dir"
+        )
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    data = build(config["data"], allowed=allowed)
+    data.setup()
+    config = {**config, "model": complete_model(config, data)}
+    model = build(config["model"], allowed=allowed)
+    trainer_options = {**config["trainer"], "_partial_": True}
+    _refuse_crashing_layout(config)
+
+    history = History(directory)
+    save = {"dirpath": checkpoints, "save_top_k": 1, "enable_version_counter": False}
+    best = ModelCheckpoint(**save, filename="best", monitor="val/top1", mode="max")
+    callbacks: list[pl.Callback] = [
+        CheckpointEntry(describe(config, data.describe())),
+        StopOnNonFiniteLoss(),
+        SaveOnInterrupt(last),
+        history,
+        best,
+        ModelCheckpoint(**save, filename="last"),
+    ]
+    if sys.stdout.isatty():
+        callbacks.append(RichProgressBar())
+    logger = build(config["logger"], allowed=allowed) if config.get("logger") else False
+    try:
+        trainer: pl.Trainer = build(trainer_options, allowed=allowed)(
+            callbacks=callbacks,
+            logger=logger,
+            plugins=[SafeCheckpointIO()],
+            default_root_dir=directory,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"the trainer cannot be set up: {error}. On a machine without a GPU, "
+                         "use trainer=cpu") from error  # fmt: skip
+    classifier = Classifier(
+        model,
+        data.num_classes,
+        optimizer=build({**config["optimizer"], "_partial_": True}, allowed=allowed),
+        scheduler=build({**config["scheduler"], "_partial_": True}, allowed=allowed)
+        if config.get("scheduler")
+        else None,
+        loss=build(config["loss"], allowed=allowed),
+        channels_last=config["channels_last"],
+    )
+    if main_process:
+        write_text(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        _announce(config, data, model, trainer, directory)
+    _uninterrupted(
+        trainer,
+        lambda: trainer.fit(
+            classifier, data, ckpt_path=str(last) if resume else None, weights_only=True
+        ),
+    )
+    chosen = best.best_model_path or str(last)
+    tested = _uninterrupted(
+        trainer,
+        lambda: trainer.test(
+            classifier, data, ckpt_path=chosen, weights_only=True, verbose=False
+        ),
+    )
+    score = best.best_model_score
+    result = {
+        "test": {key.removeprefix("test/"): value for key, value in tested[0].items()},
+        "val": {"top1": None if score is None else float(score)},
+        "best_checkpoint": chosen,
+        "images_per_second": history.images_per_second,
+        "wall_seconds": time.perf_counter() - started,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seed": config["seed"],
+        "parameters": count_parameters(model),
+        "device": _device(trainer),
+        "versions": versions(),
+    }
+    return result
+
+
+def complete_model(config: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Return the model's description with what the data and the block group decide.
+
+    `num_classes`, `in_channels` and `block` are added where the model's target takes them by name
+    and the config is silent, or where the config says null.
+
+    Args:
+        config: with the entries `model` and `block`.
+        data: an `ImageDataModule` after `setup`.
+    """
+    spec = dict(config["model"])
+    target = build({**spec, "_partial_": True}).func
+    accepted = inspect.signature(target).parameters
+    known = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
+    if config.get("block"):
+        if "block" not in accepted:
+            raise InputError(f"{spec['_target_']} takes no block; remove the block=... override")
+        known["block"] = config["block"]
+        spec.pop("block", None)
+    for key, value in known.items():
+        if spec.get(key) is None and (key in accepted or key in spec):
+            spec[key] = value
+    return spec
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
+    return {
+        "python": platform.python_version(),
+        "repnet": __version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+def _uninterrupted(trainer: pl.Trainer, call: Any) -> Any:
+    """Return `call()`; Lightning answers Ctrl-C with SystemExit, which becomes what it was."""
+    try:
+        return call()
+    except SystemExit as error:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _refuse_crashing_layout(config: dict[str, Any]) -> None:
+    """Refuse float32 channels_last training on CPU.
+
+    torch 2.13 and 2.14 end in a segmentation fault in the backward pass of a 1x1 stride-2
+    convolution of 3 or 4 channels, the stem of these networks (oneDNN).
+    """
+    trainer = config["trainer"]
+    accelerator = trainer.get("accelerator", "auto")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if config["channels_last"] and on_cpu and "bf16" not in str(trainer.get("precision", "32")):
+        raise InputError(
+            "channels_last=true in float32 on the CPU crashes torch in the stem's backward pass; "
+            "use trainer.precision=bf16-mixed, or channels_last=false"
+        )
+
+
+def _announce(
+    config: dict[str, Any], data: Any, model: torch.nn.Module, trainer: pl.Trainer, directory: Path
+) -> None:
+    block = (config["model"].get("block") or {}).get("_target_", "the model's own block")
+    sizes = " / ".join(f"{len(split):,}" for split in data.splits)
+    shape = "x".join(str(side) for side in data.input_shape)
+    print(
+        f"{type(model).__name__} of {block.rpartition('.')[2]}, "
+        f"{count_parameters(model) / 1e6:.3f} M parameters\n"
+        f"{type(data).__name__}: {sizes} images to train / validate / test, {shape}, "
+        f"{data.num_classes} classes\n"
+        f"{_device(trainer)}, precision {trainer.precision}, writing to {directory}",
+        flush=True,
+    )
+
+
+def _device(trainer: pl.Trainer) -> str:
+    if trainer.strategy.root_device.type == "cuda":
+        return f"{trainer.world_size} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
+    return f"{trainer.world_size} x {trainer.strategy.root_device.type}"
+
+
+def _quiet() -> None:
+    """Silence what Lightning says at every start and what our users cannot act upon."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*Consider setting `persistent_workers=True`.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Starting from v1.9.0, `tensorboardX` has been removed.*",
+    ):
+        warnings.filterwarnings("ignore", message)
