@@ -1,0 +1,91 @@
+"""`python deploy.py`, `repnet-deploy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from repnet.cli import command
+from repnet.errors import InputError
+
+
+def main() -> None:
+    """Deploy a checkpoint."""
+    OmegaConf.register_new_resolver("repnet.deploy_directory", deploy_directory, replace=True)
+    command.run("deploy", job)
+
+
+def deploy_directory(checkpoint: str) -> str:
+    """Return where a checkpoint is deployed to unless `hydra.run.dir` says otherwise.
+
+    Args:
+        checkpoint: a file in `RUN/checkpoints/`, which gives `RUN/deploy`, or a directory.
+
+    Raises:
+        InputError: there is no such file or directory; nothing has been made yet.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise InputError(f"there is no checkpoint '{checkpoint}'; pass a file such as "
+                         "RUN/checkpoints/best.ckpt, or the run's directory")  # fmt: skip
+    if path.is_dir():
+        return str(path / "deploy")
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return str(run / "deploy")
+
+
+def job(cfg: DictConfig) -> None:
+    """Run one deployment."""
+    directory = command.output_directory()
+    from repnet.deploy.pipeline import Settings, deploy  # torch only when there is work to do
+
+    settings = Settings(
+        trust=list(cfg.trust),
+        split=cfg.split,
+        device=cfg.device,
+        data=OmegaConf.to_container(cfg.data, resolve=True),  # type: ignore[arg-type]
+        tolerance=cfg.deploy.tolerance,
+        latency_runs=cfg.latency.runs,
+        latency_batch=cfg.latency.batch,
+        overwrite=cfg.deploy.overwrite,
+    )
+    try:
+        report = deploy(cfg.ckpt, directory, settings)
+    except Exception:
+        command.remove_if_empty(directory)
+        raise
+    _summarize(report, directory)
+
+
+def _summarize(report: dict[str, Any], directory: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"[bold green]Verified[/]: {report['samples']:,} of {report['samples']:,} "
+                  "predictions compared", title_justify="left")  # fmt: skip
+    table.add_column("")
+    for column in ("train form", "deploy form", "ratio"):
+        table.add_column(column, justify="right")
+    rows = {
+        "top-1": ({k: v["top1"] for k, v in report["metrics"].items()}, "{:.2%}"),
+        "parameters": (report["parameters"], "{:,}"),
+        "multiply-adds": (report["macs"], "{:,}"),
+        "latency, ms": (report["latency_ms"], "{:.3f}"),
+    }
+    for name, (values, style) in rows.items():
+        train, deployed = values["train_form"], values["deploy_form"]
+        ratio = "" if name == "top-1" else f"{deployed / train:.2f}"
+        table.add_row(name, style.format(train), style.format(deployed), ratio)
+    console = Console()
+    console.print(table)
+    same = round(report["agreement"] * report["samples"])
+    ties = len(report["changed"])
+    print(f"predictions unchanged: {same:,} of {report['samples']:,}"
+          + (f" ({ties} ties within rounding error, listed in the report)" if ties else ""))  # fmt: skip
+    print(f"largest relative error in float64: {report['max_relative_error']:.1e} over "
+          f"{len(report['blocks'])} folded blocks")  # fmt: skip
+    if report["fold"]["left"]:
+        print(f"batch norms left: {', '.join(report['fold']['left'])} (reasons in the report)")
+    print(f"model and report: {directory}", flush=True)

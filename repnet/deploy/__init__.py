@@ -1,0 +1,1 @@
+"""Deploying: fold, verify, evaluate both forms on real data, save, report."""
