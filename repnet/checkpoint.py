@@ -120,8 +120,10 @@ def find_checkpoint(path: str | Path, name: str = "best") -> Path:
             raise InputError(f"'{path}' holds no checkpoint: there is no '{checkpoint}'")
         return checkpoint
     if not path.exists():
-        raise InputError(f"there is no checkpoint '{path}'; pass a file such as "
-                         "RUN/checkpoints/best.ckpt, or the run's directory")  # fmt: skip
+        raise InputError(
+            f"there is no checkpoint '{path}'; pass a file such as "
+            "RUN/checkpoints/best.ckpt, or the run's directory"
+        )
     if path.suffix in (".safetensors", ".json"):
         raise InputError(
             f"'{path}' belongs to a deploy model; a checkpoint in train form (.ckpt) is wanted"
@@ -164,7 +166,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     if entry.get("form") != "train":
         raise InputError(f"'{path}' is in {entry.get('form')} form; the train form is wanted")
-    if not isinstance(entry.get("config"), dict) or not isinstance(contents.get("state_dict"), dict):
+    if not isinstance(entry.get("config"), dict) or not isinstance(
+        contents.get("state_dict"), dict
+    ):
         raise InputError(f"'{path}' is incomplete: it lacks a config or weights")
     return contents
 

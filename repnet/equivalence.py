@@ -1,4 +1,4 @@
-"""`compare`: do two models compute the same function, and if not, where does the difference start?"""
+"""`compare`: do two models compute the same function, and if not, where do they part?"""
 
 from __future__ import annotations
 

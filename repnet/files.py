@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_atomically(
-    path: str | Path, write: Callable[[Path], None], check: Callable[[Path], Any] | None = None
+    path: str | Path, write: Callable[[Path], object], check: Callable[[Path], object] | None = None
 ) -> None:
     """Write a temporary file beside `path`, flush it to the disk, open it again, then rename it.
 
@@ -43,7 +43,7 @@ def write_atomically(
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` atomically, in UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -49,8 +49,10 @@ class FoldReport:
     proof: Equivalence | None = None
 
     def __str__(self) -> str:
-        lines = [f"folded {sum(len(f.replaced) for f in self.folded)} layers into "
-                 f"{len(self.folded)} convolutions"]  # fmt: skip
+        lines = [
+            f"folded {sum(len(f.replaced) for f in self.folded)} layers into "
+            f"{len(self.folded)} convolutions"
+        ]
         if self.proof is not None:
             lines[0] += f", relative error {self.proof.max_relative_error:.1e} in float64"
         if self.was_training:
@@ -61,9 +63,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
-def reparameterize(
-    model: nn.Module, example_input: Any, *, return_report: bool = False
-) -> Any:
+def reparameterize(model: nn.Module, example_input: Any, *, return_report: bool = False) -> Any:
     """Return a copy of `model` in which every block that is one convolution is one.
 
     Outermost first, each submodule that is affine in evaluation and holds at least two layers, one
@@ -163,8 +163,8 @@ class _Surgery:
         size = sum(t.numel() for t in (*module.parameters(), *module.buffers()))
         if new_cost > cost or kernel.weight.numel() > size:
             raise NotFoldableError(
-                f"one convolution would be larger: {new_cost:,} instead of {cost:,} multiplications, "
-                f"{kernel.weight.numel():,} instead of {size:,} values"
+                f"one convolution would be larger: {new_cost:,} instead of {cost:,} "
+                f"multiplications, {kernel.weight.numel():,} instead of {size:,} values"
             )
         return _as_module(kernel, like=module)
 
@@ -188,7 +188,12 @@ class _Surgery:
                 self._fold_chain(module, name, node, calls, read)
 
     def _fold_chain(
-        self, root: nn.Module, prefix: str, node: fx.Node, calls: Counter[str], read: tuple[str, ...]
+        self,
+        root: nn.Module,
+        prefix: str,
+        node: fx.Node,
+        calls: Counter[str],
+        read: tuple[str, ...],
     ) -> None:
         """Fold into the convolution at `node` all channelwise layers that alone consume it."""
         conv = root.get_submodule(str(node.target))
@@ -212,9 +217,10 @@ class _Surgery:
             return
         names = [full, *(f"{prefix}.{n}" if prefix else n for n, _ in norms)]
         shared = [
-            n for n, m in [(str(full).removeprefix(f"{prefix}."), conv), *norms]
+            n
+            for n, m in [(str(full).removeprefix(f"{prefix}."), conv), *norms]
             if calls[n] > 1 or self.names[id(m)] > 1 or any(r.startswith(f"{n}.") for r in read)
-        ]  # fmt: skip
+        ]
         try:
             if shared:
                 raise NotFoldableError(f"'{shared[0]}' is also used elsewhere")
@@ -239,9 +245,7 @@ class _Tracer(fx.Tracer):
         return no_children or super().is_leaf_module(module, qualified_name)
 
 
-def _observe(
-    model: nn.Module, inputs: Inputs
-) -> tuple[dict[int, Any], dict[int, int]]:
+def _observe(model: nn.Module, inputs: Inputs) -> tuple[dict[int, Any], dict[int, int]]:
     """Run the model once; return shapes and multiplications by module identity.
 
     Returns:
@@ -292,7 +296,9 @@ def _layers(module: nn.Module, name: str) -> list[str]:
 def _refuse_hooks(module: nn.Module) -> None:
     for name, m in module.named_modules():
         if m._forward_hooks or m._forward_pre_hooks:
-            raise NotFoldableError(f"'{name or type(m).__name__}' has a forward hook; remove it first")
+            raise NotFoldableError(
+                f"'{name or type(m).__name__}' has a forward hook; remove it first"
+            )
 
 
 def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
@@ -312,6 +318,7 @@ def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
         "device": "meta",
     }
     layer: nn.Module
+    conv: nn.Conv2d | nn.ConvTranspose2d
     weight = kernel.weight
     if kernel.upsample == (1, 1):
         if (top, left) == (bottom, right) and min(top, left) >= 0:
@@ -329,7 +336,9 @@ def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
             or min(*padding, *output_padding) < 0
             or any(o >= limit for o, limit in zip(output_padding, limits, strict=True))
         ):
-            raise NotFoldableError("torch has no transposed convolution with this stride and padding")
+            raise NotFoldableError(
+                "torch has no transposed convolution with this stride and padding"
+            )
         layer = conv = nn.ConvTranspose2d(
             **settings, stride=kernel.upsample, padding=padding, output_padding=output_padding
         )
@@ -337,9 +346,7 @@ def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
     trainable = any(p.requires_grad for p in like.parameters())
     memory_format = torch.contiguous_format
     if any(
-        p.ndim == 4
-        and p.is_contiguous(memory_format=torch.channels_last)
-        and not p.is_contiguous()
+        p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
         for p in like.parameters()
     ):
         memory_format = torch.channels_last

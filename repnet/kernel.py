@@ -1,4 +1,4 @@
-"""`ConvKernel`, the value that stands for "the input, after the convolution so far", and its laws."""
+"""`ConvKernel`, which stands for "the input, after the convolution so far", and its laws."""
 
 from __future__ import annotations
 
@@ -217,8 +217,8 @@ class ConvKernel:
                 )
             if other.upsample[axis] > 1 and self.stride[axis] > 1:
                 raise NotFoldableError(
-                    "the second map upsamples what the first has strided: that keeps the samples at "
-                    "some positions only, and so is not shift-invariant"
+                    "the second map upsamples what the first has strided: that keeps the samples "
+                    "at some positions only, and so is not shift-invariant"
                 )
 
     # What makes a kernel usable as the input of a module's forward.
@@ -371,9 +371,7 @@ def _align(kernels: Sequence[ConvKernel]) -> list[ConvKernel]:
         dilation.append(step)
         padding.append((before, growths.pop() + extent - before))
         size.append(extent // step + 1)
-    geometry = replace(
-        first, padding=(padding[0], padding[1]), dilation=(dilation[0], dilation[1])
-    )
+    geometry = replace(first, padding=(padding[0], padding[1]), dilation=(dilation[0], dilation[1]))
     return [_place(k, geometry, (size[0], size[1])) for k in kernels]
 
 
@@ -390,9 +388,7 @@ def _place(kernel: ConvKernel, geometry: ConvKernel, size: Pair) -> ConvKernel:
             where.append(slice(start, start + hop * (kernel.kernel_size[axis] - 1) + 1, hop))
         weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size)
         weight[:, :, where[0], where[1]] = kernel.weight
-    return replace(
-        kernel, weight=weight, padding=geometry.padding, dilation=geometry.dilation
-    )
+    return replace(kernel, weight=weight, padding=geometry.padding, dilation=geometry.dilation)
 
 
 def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[Pair]) -> Tensor:

@@ -19,7 +19,7 @@ class Sum(nn.ModuleList):
         super().__init__(b for b in branches if b is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(branch(x) for branch in self)  # type: ignore[return-value]
+        return sum(branch(x) for branch in self)
 
 
 class Concat(nn.ModuleList):
@@ -43,7 +43,9 @@ class Scale(nn.Module):
     def __init__(self, value: float, channels: int | None = None) -> None:
         super().__init__()
         self.value = value
-        self.weight = None if channels is None else nn.Parameter(torch.full((channels, 1, 1), value))
+        self.weight = (
+            None if channels is None else nn.Parameter(torch.full((channels, 1, 1), value))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.value if self.weight is None else self.weight)
@@ -74,8 +76,14 @@ class PadBatchNorm(nn.Module):
         if not self.training:
             return self.norm(functional.pad(x, pad))
         x, norm = self.norm(x), self.norm
-        border = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
-        border = border.to(x.dtype).reshape(-1, 1, 1)
+        border = functional.batch_norm(
+            x.new_zeros(1, x.shape[1], 1, 1),
+            norm.running_mean,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+        )
         return functional.pad(x - border, pad) + border
 
 

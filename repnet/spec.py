@@ -154,7 +154,9 @@ def _locate(target: str) -> Any:
         try:
             found = import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            if error.name and (
+                module_name == error.name or module_name.startswith(error.name + ".")
+            ):
                 continue
             raise InputError(f"cannot import '{module_name}': {error}") from error
         for part in parts[end:]:

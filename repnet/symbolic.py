@@ -147,7 +147,9 @@ def _batch_norm(
 ) -> ConvKernel:
     mean, variance = _exact(running_mean), _exact(running_var)
     if training or mean is None or variance is None:
-        raise NotFoldableError("batch_norm without running statistics divides by those of its batch")
+        raise NotFoldableError(
+            "batch_norm without running statistics divides by those of its batch"
+        )
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * _exact(weight)

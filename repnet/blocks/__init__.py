@@ -1,4 +1,4 @@
-"""Blocks: one file each. A block is called as `block(in_channels, out_channels, stride=, groups=)`."""
+"""Blocks, one file each, called as `block(in_channels, out_channels, stride=, groups=)`."""
 
 from repnet.blocks.block import Block
 from repnet.blocks.composed import ComposedBlock

@@ -20,7 +20,13 @@ class RepVGGBlock(Block):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int = 1, groups: int = 1, **options: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        **options: Any,
     ) -> None:
         branches = Sum(
             conv_bn(in_channels, out_channels, 3, stride=stride, groups=groups),

@@ -6,5 +6,11 @@ from repnet.callbacks.nonfinite import NonFiniteLossError, StopOnNonFiniteLoss
 from repnet.callbacks.safe_checkpoint import SafeCheckpointIO
 from repnet.callbacks.save_on_interrupt import SaveOnInterrupt
 
-__all__ = ["CheckpointEntry", "History", "NonFiniteLossError", "SafeCheckpointIO",
-           "SaveOnInterrupt", "StopOnNonFiniteLoss"]  # fmt: skip
+__all__ = [
+    "CheckpointEntry",
+    "History",
+    "NonFiniteLossError",
+    "SafeCheckpointIO",
+    "SaveOnInterrupt",
+    "StopOnNonFiniteLoss",
+]

@@ -12,8 +12,17 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from repnet.files import write_text
 
-COLUMNS = ("epoch", "step", "learning_rate", "train/loss", "val/loss", "val/top1", "val/top5",
-           "images_per_second", "seconds")  # fmt: skip
+COLUMNS = (
+    "epoch",
+    "step",
+    "learning_rate",
+    "train/loss",
+    "val/loss",
+    "val/top1",
+    "val/top5",
+    "images_per_second",
+    "seconds",
+)
 
 
 class History(Callback):
@@ -112,7 +121,9 @@ def draw_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     def curve(key: str) -> tuple[list[int], list[float]]:
-        points = [(int(r["epoch"]) + 1, float(r[key])) for r in rows if r.get(key) not in ("", None)]
+        points = [
+            (int(r["epoch"]) + 1, float(r[key])) for r in rows if r.get(key) not in ("", None)
+        ]
         return [x for x, _ in points], [y for _, y in points]
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -126,8 +137,15 @@ def draw_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
     accuracy.plot(epochs, top1, ".-", label="val/top1", color=colors["val"])
     if top1:
         best = max(range(len(top1)), key=top1.__getitem__)
-        accuracy.plot(epochs[best], top1[best], "o", ms=8, mfc="none", color="#cc3322",
-                      label=f"best {top1[best]:.2%}, epoch {epochs[best]}")  # fmt: skip
+        accuracy.plot(
+            epochs[best],
+            top1[best],
+            "o",
+            ms=8,
+            mfc="none",
+            color="#cc3322",
+            label=f"best {top1[best]:.2%}, epoch {epochs[best]}",
+        )
     accuracy.set(title="validation accuracy")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     rate.plot(*curve("learning_rate"), ".-", color="#449944", label="learning rate")

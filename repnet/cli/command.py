@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -69,7 +69,9 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return unknown_name(group, name.removesuffix(".yaml"), list(error.options))
-    lines = [str(e).strip() for e in chain if isinstance(e, HydraException | OmegaConfBaseException)]
+    lines = [
+        str(e).strip() for e in chain if isinstance(e, HydraException | OmegaConfBaseException)
+    ]
     text = "\n".join(dict.fromkeys(lines))
     if missing := re.search(r"Missing mandatory value: (\w+)", text):
         return f"{missing[1]} is required: add {missing[1]}=... to the command"
@@ -107,7 +109,7 @@ def _quoted(value: Any) -> str:
     return f"'{escaped}'"
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
     print(f"{'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -28,8 +28,10 @@ def deploy_directory(checkpoint: str) -> str:
     """
     path = Path(checkpoint)
     if not path.exists():
-        raise InputError(f"there is no checkpoint '{checkpoint}'; pass a file such as "
-                         "RUN/checkpoints/best.ckpt, or the run's directory")  # fmt: skip
+        raise InputError(
+            f"there is no checkpoint '{checkpoint}'; pass a file such as "
+            "RUN/checkpoints/best.ckpt, or the run's directory"
+        )
     if path.is_dir():
         return str(path / "deploy")
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -63,8 +65,11 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"[bold green]Verified[/]: {report['samples']:,} of {report['samples']:,} "
-                  "predictions compared", title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"[bold green]Verified[/]: {report['samples']:,} of {report['samples']:,} "
+        "predictions compared",
+        title_justify="left",
+    )
     table.add_column("")
     for column in ("train form", "deploy form", "ratio"):
         table.add_column(column, justify="right")
@@ -82,10 +87,14 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
     console.print(table)
     same = round(report["agreement"] * report["samples"])
     ties = len(report["changed"])
-    print(f"predictions unchanged: {same:,} of {report['samples']:,}"
-          + (f" ({ties} ties within rounding error, listed in the report)" if ties else ""))  # fmt: skip
-    print(f"largest relative error in float64: {report['max_relative_error']:.1e} over "
-          f"{len(report['blocks'])} folded blocks")  # fmt: skip
+    print(
+        f"predictions unchanged: {same:,} of {report['samples']:,}"
+        + (f" ({ties} ties within rounding error, listed in the report)" if ties else "")
+    )
+    print(
+        f"largest relative error in float64: {report['max_relative_error']:.1e} over "
+        f"{len(report['blocks'])} folded blocks"
+    )
     if report["fold"]["left"]:
         print(f"batch norms left: {', '.join(report['fold']['left'])} (reasons in the report)")
     print(f"model and report: {directory}", flush=True)

@@ -62,8 +62,9 @@ def _show(rows: list[dict[str, Any]], columns: list[str], directory: Path) -> No
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{len(rows)} jobs, best first: {directory / 'sweep.csv'}",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"{len(rows)} jobs, best first: {directory / 'sweep.csv'}", title_justify="left"
+    )
     shown = [c for c in columns if c not in ("directory", "error", "status")]
     for column in [*shown, "error"]:
         table.add_column(column, overflow="fold")

@@ -56,6 +56,7 @@ def job(cfg: DictConfig) -> float | None:
 
 def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
     trust = list(cfg.trust)
+    config: Any
     if cfg.resume:
         config = _saved_config(cfg, directory, overrides)
     else:
@@ -74,8 +75,11 @@ def _saved_config(cfg: DictConfig, directory: Path, overrides: list[str]) -> Any
     """Return the config that a run was started with, changed by plain value overrides only."""
     path = directory / "config.yaml"
     if not path.exists():
-        what = "holds a deploy model, which is not trained" if (directory / "model.json").exists(
-        ) else "is not a run: it has no config.yaml"  # fmt: skip
+        what = (
+            "holds a deploy model, which is not trained"
+            if (directory / "model.json").exists()
+            else "is not a run: it has no config.yaml"
+        )
         raise InputError(f"cannot resume: '{cfg.resume}' {what}")
     saved = OmegaConf.load(path)
     groups = [name for name in HydraConfig.get().runtime.choices if "/" not in str(name)]
@@ -110,4 +114,3 @@ def _summarize(result: dict[str, Any], trust: list[str]) -> None:
     options: dict[str, Any] = {"trust": trust} if trust else {}
     print("Next, fold it and confirm that its predictions are unchanged:")
     print(command.command_line("deploy", ckpt=result["best_checkpoint"], **options), flush=True)
-

@@ -6,5 +6,12 @@ from repnet.data.fake import FakeImages
 from repnet.data.folder import ImageFolder
 from repnet.data.torchvision import CIFAR10, MNIST, FashionMNIST
 
-__all__ = ["CIFAR10", "MNIST", "Digits", "FakeImages", "FashionMNIST", "ImageDataModule",
-           "ImageFolder"]  # fmt: skip
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "Digits",
+    "FakeImages",
+    "FashionMNIST",
+    "ImageDataModule",
+    "ImageFolder",
+]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import DataLoader, Dataset
 
 Augment = Callable[[Tensor], Tensor]
 Splits = tuple[Dataset[Any], Dataset[Any], Dataset[Any]]
@@ -143,8 +143,8 @@ class TensorImages(Dataset[Any]):
 def split_indices(n: int, held_out: int) -> tuple[list[int], list[int]]:
     """Return the indices of a fixed random split, the same in every run: `(rest, held out)`."""
     generator = torch.Generator().manual_seed(0)
-    rest, part = random_split(range(n), [n - held_out, held_out], generator=generator)  # type: ignore[arg-type]
-    return list(rest.indices), list(part.indices)
+    order = torch.randperm(n, generator=generator).tolist()
+    return order[held_out:], order[:held_out]
 
 
 def _keep(batch: Any) -> Any:

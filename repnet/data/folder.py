@@ -92,4 +92,6 @@ def _read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read the image '{path}' ({error}); replace or remove it") from error
+        raise InputError(
+            f"cannot read the image '{path}' ({error}); replace or remove it"
+        ) from error

@@ -48,7 +48,7 @@ class _TorchvisionImages(ImageDataModule):
                 f"data.val_size={self.val_size} must lie between 1 and {len(images) - 1}"
             )
         train, val = split_indices(len(images), self.val_size)
-        normal = {"mean": self.mean, "std": self.std}
+        normal: dict[str, Any] = {"mean": self.mean, "std": self.std}
         return (
             TensorImages(images[train], labels[train], **normal, augment=self.augment),
             TensorImages(images[val], labels[val], **normal),

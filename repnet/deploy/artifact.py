@@ -30,12 +30,20 @@ _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     ),
     "ConvTranspose2d": (
         nn.ConvTranspose2d,
-        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding",
-         "dilation", "groups"),
+        (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "output_padding",
+            "dilation",
+            "groups",
+        ),
     ),
     "ZeroPad2d": (nn.ZeroPad2d, ("padding",)),
     "Identity": (nn.Identity, ()),
-}  # fmt: skip
+}
 
 
 def save_deployed(
@@ -71,7 +79,9 @@ def save_deployed(
     extras = {"data": data, "provenance": provenance, "equivalence": equivalence}
     for key, value in {"architecture": architecture, **extras}.items():
         if not is_plain(value):
-            raise InputError(f"save_deployed: {key} must be plain data (dicts, lists, numbers, text)")
+            raise InputError(
+                f"save_deployed: {key} must be plain data (dicts, lists, numbers, text)"
+            )
     layers = _changed_layers(architecture, model)
     state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     state = {key: value.contiguous() for key, value in state.items()}
@@ -109,8 +119,10 @@ def load_deployed(directory: str | Path, *, trust: Sequence[str] = ()) -> nn.Mod
         raise InputError(f"'{directory}' has no {WEIGHTS}")
     expected = description["hashes"].get(WEIGHTS)
     if sha256(weights) != expected:
-        raise InputError(f"'{weights}' was changed after it was verified: its SHA-256 is not "
-                         f"that in {DESCRIPTION}")  # fmt: skip
+        raise InputError(
+            f"'{weights}' was changed after it was verified: its SHA-256 is not "
+            f"that in {DESCRIPTION}"
+        )
     architecture = description["architecture"]
     try:
         model = build(architecture["train_form"], allowed=(*MODEL_PACKAGES, *trust))
@@ -123,7 +135,14 @@ def load_deployed(directory: str | Path, *, trust: Sequence[str] = ()) -> nn.Mod
         model.load_state_dict(load_file(weights), strict=True, assign=True)
     except InputError as error:
         raise InputError(f"'{directory}': {error}") from error
-    except (SafetensorError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise InputError(f"'{directory}' does not describe its own weights: {error}") from error
     model.architecture = architecture["train_form"]
     return model.eval()
@@ -149,8 +168,12 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise InputError(f"'{path}' is not the description of a repnet deploy model")
     version = description.get("version")
     if not isinstance(version, int) or version > VERSION:
-        raise InputError(f"'{path}' has format version {version}, this repnet reads up to {VERSION}")
-    missing = [key for key in ("architecture", "hashes") if not isinstance(description.get(key), dict)]
+        raise InputError(
+            f"'{path}' has format version {version}, this repnet reads up to {VERSION}"
+        )
+    missing = [
+        key for key in ("architecture", "hashes") if not isinstance(description.get(key), dict)
+    ]
     if missing or {"train_form", "layers"} - description["architecture"].keys():
         raise InputError(f"'{path}' is incomplete")
     return description
@@ -171,7 +194,9 @@ def _changed_layers(architecture: dict[str, Any], model: nn.Module) -> dict[str,
         if type(module) is not type(twin) or _settings(module) != _settings(twin):
             settings = _settings(module)
             if settings is None:
-                raise InputError(f"'{name}' is a {type(module).__name__}, which folding does not make")
+                raise InputError(
+                    f"'{name}' is a {type(module).__name__}, which folding does not make"
+                )
             layers[name] = settings
     return layers
 

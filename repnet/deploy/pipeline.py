@@ -149,7 +149,9 @@ def _verify(
     del exact
     deploy_form = folded.to(next(train_form.parameters()).dtype)
 
-    evaluation = evaluate(train_form, deploy_form, _progress(loader, "evaluating both forms"), device)
+    evaluation = evaluate(
+        train_form, deploy_form, _progress(loader, "evaluating both forms"), device
+    )
     _report_evaluation(report, evaluation)
     forms = {"train_form": train_form, "deploy_form": deploy_form}
     report["parameters"] = {name: count_parameters(form) for name, form in forms.items()}
@@ -157,8 +159,12 @@ def _verify(
     batch = torch.zeros(settings.latency_batch, *input_shape, device=device) + example[:1]
     latency = measure_latency(forms, batch, runs=settings.latency_runs)
     report["latency_ms"] = {name: value["median"] for name, value in latency.items()}
-    report["latency"] = {"batch": settings.latency_batch, "runs": settings.latency_runs,
-                         "device": report["provenance"]["device"], "forms": latency}  # fmt: skip
+    report["latency"] = {
+        "batch": settings.latency_batch,
+        "runs": settings.latency_runs,
+        "device": report["provenance"]["device"],
+        "forms": latency,
+    }
     _judge(evaluation, settings)
     return deploy_form
 
@@ -248,9 +254,12 @@ def _provenance(
         "split": settings.split,
         "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"repnet": __version__, "torch": torch.__version__,
-                     "python": platform.python_version()},
-    }  # fmt: skip
+        "versions": {
+            "repnet": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:

@@ -62,7 +62,7 @@ def _chart(report: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _bars(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what changed in size and speed, each with the deploy form's share of the train form."""
+    """Return what changed in size and speed, and the deploy form's share of the train form."""
     kinds = (
         ("latency_ms", "Latency", "{:.2f} ms", 1),
         ("parameters", "Parameters", "{:.3f} M", 1e-6),

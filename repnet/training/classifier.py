@@ -50,9 +50,7 @@ class Classifier(LightningModule):
         accuracies = MetricCollection(
             {
                 "top1": MulticlassAccuracy(num_classes, average="micro"),
-                "top5": MulticlassAccuracy(
-                    num_classes, average="micro", top_k=min(5, num_classes)
-                ),
+                "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
             }
         )
         self.accuracies = nn.ModuleDict(

@@ -22,7 +22,8 @@ def repvgg_parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         Two groups for a torch optimizer: the first takes the optimizer's own weight decay.
     """
     scales = {id(norm.weight) for norm in branch_norms(model)}
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 or id(parameter) in scales

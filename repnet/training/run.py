@@ -21,8 +21,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from repnet import __version__
-from repnet.callbacks import CheckpointEntry, History, SafeCheckpointIO, SaveOnInterrupt
-from repnet.callbacks import StopOnNonFiniteLoss
+from repnet.callbacks import (
+    CheckpointEntry,
+    History,
+    SafeCheckpointIO,
+    SaveOnInterrupt,
+    StopOnNonFiniteLoss,
+)
 from repnet.checkpoint import describe
 from repnet.complexity import count_parameters
 from repnet.errors import InputError
@@ -89,7 +94,11 @@ def train(
     _refuse_crashing_layout(config)
 
     history = History(directory)
-    save = {"dirpath": checkpoints, "save_top_k": 1, "enable_version_counter": False}
+    save: dict[str, Any] = {
+        "dirpath": checkpoints,
+        "save_top_k": 1,
+        "enable_version_counter": False,
+    }
     best = ModelCheckpoint(**save, filename="best", monitor="val/top1", mode="max")
     callbacks: list[pl.Callback] = [
         CheckpointEntry(describe(config, data.describe())),
@@ -112,8 +121,9 @@ def train(
             enable_progress_bar=sys.stdout.isatty(),
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"the trainer cannot be set up: {error}. On a machine without a GPU, "
-                         "use trainer=cpu") from error  # fmt: skip
+        raise InputError(
+            f"the trainer cannot be set up: {error}. On a machine without a GPU, use trainer=cpu"
+        ) from error
     classifier = Classifier(
         model,
         data.num_classes,
@@ -136,12 +146,10 @@ def train(
     chosen = best.best_model_path or str(last)
     tested = _uninterrupted(
         trainer,
-        lambda: trainer.test(
-            classifier, data, ckpt_path=chosen, weights_only=True, verbose=False
-        ),
+        lambda: trainer.test(classifier, data, ckpt_path=chosen, weights_only=True, verbose=False),
     )
     score = best.best_model_score
-    result = {
+    return {
         "test": {key.removeprefix("test/"): value for key, value in tested[0].items()},
         "val": {"top1": None if score is None else float(score)},
         "best_checkpoint": chosen,
@@ -154,7 +162,6 @@ def train(
         "device": _device(trainer),
         "versions": versions(),
     }
-    return result
 
 
 def complete_model(config: dict[str, Any], data: Any) -> dict[str, Any]:
