@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(path)
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"'{found[1]}'" if found else "something else"
@@ -151,8 +153,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "checkpoint holds only tensors and plain data"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"'{path}' is damaged, truncated or no checkpoint: {reason}") from error
+        reason = f": {str(error).splitlines()[0].split('. ')[0]}" if len(str(error)) > 9 else ""
+        raise InputError(f"'{path}' is damaged, truncated or no checkpoint{reason}") from error
     entry = contents.get("repnet") if isinstance(contents, dict) else None
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         kind = "holds no dict"

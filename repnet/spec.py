@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -112,25 +113,34 @@ def _build(spec: Any, targets: dict[str, Callable[..., Any]]) -> Any:
     args = values.pop("_args_", [])
     if special := [k for k in values if k.startswith("_")]:
         raise InputError(f"{name}: unknown key '{special[0]}'; known are _partial_ and _args_")
-    if spec.get("_partial_"):
-        return functools.partial(targets[name], *args, **values)
+    partial = bool(spec.get("_partial_"))
     try:
-        inspect.signature(targets[name]).bind(*args, **values)
+        signature = inspect.signature(targets[name])
+        (signature.bind_partial if partial else signature.bind)(*args, **values)
     except TypeError as error:
         raise InputError(f"{name}: {error}") from error
     except ValueError:
         pass  # a builtin without a signature
-    return targets[name](*args, **values)
+    if partial:
+        return functools.partial(targets[name], *args, **values)
+    try:
+        return targets[name](*args, **values)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]:
     """Return the class or function that `target` names, checked as an object, not as a spelling."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise InputError(f"'{target}' is not the dotted name of a class or function")
-    if allowed is not None and not _within(target, allowed):
-        raise InputError(
-            f"'{target}' may not be built from a file: it is not defined in "
-            f"{', '.join(allowed)}. If you trust its author, add trust=[{target.split('.')[0]}]"
+    package = target.partition(".")[0]
+    if allowed is not None and package not in {name.partition(".")[0] for name in allowed}:
+        own = package in sys.stdlib_module_names or package in ("torch", "torchvision")
+        raise InputError(  # before it is imported, which runs code too
+            f"'{target}' may not be built from a file: it is not defined in {', '.join(allowed)}"
+            + ("" if own else f". If you trust its author, add trust=[{package}]")
         )
     found = _locate(target)
     if allowed is not None:

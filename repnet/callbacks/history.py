@@ -49,16 +49,17 @@ class History(Callback):
         """Training images of all devices per second, validation not counted."""
         return self.images / self.seconds if self.seconds else 0.0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self.directory / "metrics.csv"
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             self.rows = [row for row in rows if int(row["epoch"]) < trainer.current_epoch]
 
+        self._start_clock()  # a run that is resumed within an epoch does not start that epoch
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.epoch_start = self.last_batch_end = time.perf_counter()
-        self.epoch_images = 0
+        self._start_clock()
 
     def on_train_batch_end(
         self,
@@ -94,6 +95,10 @@ class History(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
             draw_curves(self.rows, self.directory / "curves.png")
+
+    def _start_clock(self) -> None:
+        self.epoch_start = self.last_batch_end = time.perf_counter()
+        self.epoch_images = 0
 
     def _write(self) -> None:
         lines = [",".join(COLUMNS), *(",".join(str(row[c]) for c in COLUMNS) for row in self.rows)]
@@ -132,7 +137,7 @@ def draw_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
     colors = {"train": "#888888", "val": "#2266bb"}
     for key in ("train/loss", "val/loss"):
         loss.plot(*curve(key), ".-", label=key, color=colors[key.split("/")[0]])
-    loss.set(title="loss (training: with label smoothing)", yscale="log")
+    loss.set(title="loss", yscale="log")
     epochs, top1 = curve("val/top1")
     accuracy.plot(epochs, top1, ".-", label="val/top1", color=colors["val"])
     if top1:

@@ -15,7 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from repnet.errors import InputError
 from repnet.spec import CONFIGS, unknown_name
@@ -29,8 +29,18 @@ def run(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     Exit codes: 0 done, 1 unexpected error, 2 bad input, 3 verification failed, 130 interrupted.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
+    errors: list[Exception] = []
+
+    def guarded(cfg: DictConfig) -> Any:
+        try:
+            return job(cfg)
+        except Exception as error:
+            errors.append(error)  # raised below, without what Hydra would print around it
+
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+        if errors:
+            raise errors[0]
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except (HydraException, OmegaConfBaseException, InputError) as error:
@@ -69,12 +79,11 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return unknown_name(group, name.removesuffix(".yaml"), list(error.options))
-    lines = [
-        str(e).strip() for e in chain if isinstance(e, HydraException | OmegaConfBaseException)
-    ]
-    text = "\n".join(dict.fromkeys(lines))
-    if missing := re.search(r"Missing mandatory value: (\w+)", text):
-        return f"{missing[1]} is required: add {missing[1]}=... to the command"
+    text = str(error).strip()
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        named = isinstance(error, MissingMandatoryValue) and error.full_key
+        key = named or missing[1]
+        return f"{key} is required: add {key}=... to the command"
     return text
 
 

@@ -62,19 +62,26 @@ def _show(rows: list[dict[str, Any]], columns: list[str], directory: Path) -> No
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"{len(rows)} jobs, best first: {directory / 'sweep.csv'}", title_justify="left"
-    )
-    shown = [c for c in columns if c not in ("directory", "error", "status")]
-    for column in [*shown, "error"]:
+    table = Table(title=f"{len(rows)} jobs, best first", title_justify="left")
+    hidden = ("status", "error", "directory")  # in the file, and below
+    varying = [c for c in columns if c not in hidden and len({r.get(c) for r in rows}) > 1]
+    shown = dict.fromkeys(["job", *varying])
+    for column in shown:
         table.add_column(column, overflow="fold")
     for row in rows:
-        cells = [_cell(column, row.get(column)) for column in shown]
-        table.add_row(*cells, row["error"], style="red" if row["status"] == "failed" else None)
+        failed = row["status"] == "failed"
+        cells = [_cell(column, row.get(column), failed) for column in shown]
+        table.add_row(*cells, style="red" if failed else None)
     Console().print(table)
+    for row in rows:
+        if row["error"]:
+            print(f"job {row['job']} failed: {row['error']}")
+    print(f"all columns: {directory / 'sweep.csv'}", flush=True)
 
 
-def _cell(column: str, value: Any) -> str:
+def _cell(column: str, value: Any, failed: bool) -> str:
+    if column == "val_top1" and failed:
+        return "failed"
     if isinstance(value, float) and column.endswith("top1"):
         return f"{value:.2%}"
     return "" if value is None else str(value)

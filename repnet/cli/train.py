@@ -60,7 +60,7 @@ def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, 
     if cfg.resume:
         config = _saved_config(cfg, directory, overrides)
     else:
-        config = OmegaConf.to_container(cfg, resolve=True)
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         del config["resume"], config["trust"]
     from repnet.training.run import train  # torch is imported only when there is work to do
 
@@ -100,7 +100,7 @@ def _summarize(result: dict[str, Any], trust: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Training finished", title_justify="left")
+    table = Table(title="Training finished", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     top1 = result["val"]["top1"]

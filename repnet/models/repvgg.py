@@ -29,6 +29,9 @@ class RepVGG(nn.Module):
         groups: of every second block after the stem, up to the 26th (table 3: B1g4 and others).
         squeeze_excitation: after each block's convolution, with a 16th of the channels (D2se).
         strides: of the stem and of the first block of each stage.
+
+    Raises:
+        ValueError: not as many depths, widths or strides as stages.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class RepVGG(nn.Module):
         strides: Sequence[int] = (2, 2, 2, 2, 2),
     ) -> None:
         super().__init__()
+        if {len(depths), len(widths), len(strides) - 1} != {len(BASE_CHANNELS)}:
+            raise ValueError("depths and widths need 4 values, one for each stage, and strides 5")
         options: dict[str, Any] = {"attention": _squeeze} if squeeze_excitation else {}
         channels = min(64, int(64 * widths[0]))
         self.stem = block(in_channels, channels, stride=strides[0], groups=1, **options)

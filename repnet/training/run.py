@@ -99,14 +99,14 @@ def train(
         "save_top_k": 1,
         "enable_version_counter": False,
     }
-    best = ModelCheckpoint(**save, filename="best", monitor="val/top1", mode="max")
+    best = _MovableCheckpoint(**save, filename="best", monitor="val/top1", mode="max")
     callbacks: list[pl.Callback] = [
         CheckpointEntry(describe(config, data.describe())),
         StopOnNonFiniteLoss(),
         SaveOnInterrupt(last),
         history,
         best,
-        ModelCheckpoint(**save, filename="last"),
+        _MovableCheckpoint(**save, filename="last"),
     ]
     if sys.stdout.isatty():
         callbacks.append(RichProgressBar())
@@ -122,7 +122,7 @@ def train(
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"the trainer cannot be set up: {error}. On a machine without a GPU, use trainer=cpu"
+            f"the trainer cannot be set up: {str(error).rstrip('!.')}. Without a GPU, use trainer=cpu"
         ) from error
     classifier = Classifier(
         model,
@@ -197,6 +197,20 @@ def versions() -> dict[str, str]:
         "repnet": __version__,
         **{package: version(package) for package in packages},
     }
+
+
+class _MovableCheckpoint(ModelCheckpoint):
+    """Keeps its best score when the run directory was moved or copied before it is resumed."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        old, new = str(state_dict["dirpath"]), str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(k): moved(v) for k, v in value.items()}
+            return value.replace(old, new, 1) if isinstance(value, str) else value
+
+        super().load_state_dict(moved(state_dict))
 
 
 def _uninterrupted(trainer: pl.Trainer, call: Any) -> Any:
