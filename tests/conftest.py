@@ -10,6 +10,10 @@ from hypothesis import settings
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("laws")
 
+# Tensors here are small, and the workers of pytest share the cores: 2 workers with 2 threads each
+# took 64 s for test_kernel.py on 2 cores, with 1 thread each 6 s.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:

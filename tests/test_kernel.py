@@ -118,7 +118,10 @@ def kernels(
 def chains(
     draw: st.DrawFn, length: int, *, transparent: bool = False, largest: int = 4, steps: int = 3
 ) -> tuple[list[ConvKernel], Tensor]:
-    """Draw kernels that may follow each other, and an input; all but the last may be transparent."""
+    """Draw kernels that may follow each other, and an input.
+
+    With `transparent`, all but the last kernel are.
+    """
     options = {"largest": largest, "steps": steps}
     chain = [draw(kernels(transparent=transparent, **options))]
     composed = chain[0]
@@ -130,9 +133,7 @@ def chains(
 
 
 @st.composite
-def branches(
-    draw: st.DrawFn, *, same_channels: bool = True
-) -> tuple[list[ConvKernel], Tensor]:
+def branches(draw: st.DrawFn, *, same_channels: bool = True) -> tuple[list[ConvKernel], Tensor]:
     """Draw kernels that read one input and give outputs of one size, and an input."""
     in_channels, out_channels = draw(CHANNELS), draw(CHANNELS)
     stride, upsample = draw(pairs(1, 3)), draw(pairs(1, 3))
@@ -244,8 +245,10 @@ def arbitrary_pairs(draw: st.DrawFn) -> tuple[ConvKernel, ConvKernel, Tensor]:
 def test_then_is_composition_or_is_refused(case):
     f, g, x = case
     composed = or_none(f.then, g)
-    assume(composed is not None)
-    assert relative_error(g(f(x)), composed(x)) < TOLERANCE
+    if composed is None:
+        assert g.upsample != (1, 1) or max(max(sides) for sides in g.padding) > 0
+    else:
+        assert relative_error(g(f(x)), composed(x)) < TOLERANCE
 
 
 @given(st.booleans(), st.data())
@@ -332,7 +335,7 @@ def test_composition_distributes_over_sums(case, data):
     after = data.draw(kernels(add(parts)))
     after = replace(after, bias=None)
     composed = [or_none(part.then, after) for part in parts]
-    assume(None not in composed)
+    assume(all(part is not None for part in composed))
     x = data.draw(images(*([part, after] for part in parts)))
     assert relative_error(after(add(parts)(x)), add(composed)(x)) < TOLERANCE
 

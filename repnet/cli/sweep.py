@@ -22,7 +22,7 @@ class SweepSummary(Callback):
     """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        directory = Path(config.hydra.sweep.dir)
+        directory = Path(config.hydra.sweep.dir).absolute()
         rows = collect(directory)
         if not rows:
             return

@@ -121,8 +121,9 @@ def train(
             enable_progress_bar=sys.stdout.isatty(),
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).rstrip("!.")
         raise InputError(
-            f"the trainer cannot be set up: {str(error).rstrip('!.')}. Without a GPU, use trainer=cpu"
+            f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
         ) from error
     classifier = Classifier(
         model,

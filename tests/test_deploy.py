@@ -1,0 +1,296 @@
+"""`python deploy.py` and the pipeline behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import repnet
+from repnet.deploy.evaluation import evaluate
+from repnet.deploy.pipeline import Settings, VerificationError, deploy
+from repnet.errors import InputError
+from tests.commands import ROOT, environment, run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("deploy") / "run"
+    run("train.py", f"hydra.run.dir={directory}", "trainer.max_epochs=2", cwd=directory.parent)
+    return directory
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(trained / "checkpoints" / "best.ckpt", path)
+    return path
+
+
+def test_the_command_writes_a_verified_model(checkpoint: Path) -> None:
+    result = run("deploy.py", f"ckpt={checkpoint}", cwd=checkpoint.parent)
+    directory = checkpoint.parent.parent / "deploy"
+    assert {path.name for path in directory.iterdir()} == {
+        "model.safetensors", "model.json", "report.json", "report.html",
+    }  # fmt: skip
+    report = json.loads((directory / "report.json").read_text())
+    assert report["verified"] is True
+    assert report["refusal"] is None
+    assert report["samples"] == 360
+    assert report["agreement"] == 1
+    assert report["max_relative_error"] < 1e-12
+    assert report["metrics"]["train_form"]["top1"] == report["metrics"]["deploy_form"]["top1"]
+    for key in ("parameters", "macs"):
+        assert report[key]["deploy_form"] < report[key]["train_form"]
+    assert min(report["latency_ms"].values()) > 0
+    assert len(report["blocks"]) == 8
+    assert {"name", "relative_error"} <= report["blocks"][0].keys()
+    assert report["exports"] == []
+    page = (directory / "report.html").read_text()
+    assert "Verified" in page
+    assert all(block["name"] in page for block in report["blocks"])
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "360 of 360" in result.stdout
+
+    train_form, config = repnet.load_checkpoint(checkpoint)
+    assert config["data"]["_target_"] == "repnet.data.Digits"
+    deployed = repnet.load_deployed(directory)
+    images = torch.randn(16, 1, 8, 8)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deployed.modules())
+    torch.testing.assert_close(deployed(images), train_form.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_overwritten_unasked(checkpoint: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    deploy(checkpoint, directory)
+    before = (directory / "report.json").read_bytes()
+    with pytest.raises(InputError, match="deploy.overwrite=true"):
+        deploy(checkpoint, directory)
+    assert (directory / "report.json").read_bytes() == before
+    deploy(checkpoint, directory, Settings(overwrite=True, split="val"))
+    assert json.loads((directory / "report.json").read_text())["samples"] == 180
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+WRONG_KERNEL = """
+import dataclasses, sys
+import repnet.folding
+from repnet.cli.deploy import main
+
+original, count = repnet.folding.kernel_of, 0
+
+def kernel_of(module, in_channels):
+    global count
+    kernel = original(module, in_channels)
+    count += type(module).__name__ == "Sum"
+    if count == 2:
+        count += 1
+        weight = kernel.weight.clone()
+        weight[0, 0, 1, 1] += 1e-4
+        kernel = dataclasses.replace(kernel, weight=weight)
+    return kernel
+
+repnet.folding.kernel_of = kernel_of
+sys.argv = ["deploy.py", "ckpt={checkpoint}"]
+main()
+"""
+
+
+def test_a_wrong_kernel_is_refused_and_its_block_named(checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "sabotage.py"
+    script.write_text(WRONG_KERNEL.format(checkpoint=checkpoint))
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 3, result.stderr
+    assert "'stages.0.0.conv'" in result.stderr
+    directory = checkpoint.parent.parent / "deploy"
+    assert {path.name for path in directory.iterdir()} == {"report.json", "report.html"}
+    report = json.loads((directory / "report.json").read_text())
+    assert report["verified"] is False
+    assert "'stages.0.0.conv'" in report["refusal"]
+    assert "Not deployed" in (directory / "report.html").read_text()
+
+
+def test_a_change_after_the_proof_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last gate: predictions of what would be saved, on every sample."""
+    import repnet.deploy.pipeline as pipeline
+
+    def tampered(train_form: nn.Module, deploy_form: nn.Module, *rest: Any) -> Any:
+        with torch.no_grad():
+            deploy_form.head.bias[3] += 5  # type: ignore[index,operator,union-attr]
+        return evaluate(train_form, deploy_form, *rest)
+
+    monkeypatch.setattr(pipeline, "evaluate", tampered)
+    with pytest.raises(VerificationError, match="predictions changed"):
+        deploy(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["agreement"] < 1
+    assert not any(sample["tie"] for sample in report["changed"])
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    contents = torch.load(path, weights_only=True)
+    change(contents)
+    torch.save(contents, path)
+
+
+class Attack:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def spec(path: str, value: Any) -> Callable[[Path, Path], None]:
+    return lambda file, marker: edit(
+        file, lambda c: c["repnet"]["config"].__setitem__(path, value(marker))
+    )
+
+
+HOSTILE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "missing": (lambda file, marker: file.unlink(), "there is no checkpoint"),
+    "empty": (lambda file, marker: file.write_bytes(b""), "damaged"),
+    "text": (lambda file, marker: file.write_text("hello"), "damaged"),
+    "truncated": (
+        lambda file, marker: file.write_bytes(file.read_bytes()[:100_000]),
+        "damaged, truncated",
+    ),
+    "pickle": (
+        lambda file, marker: file.write_bytes(pickle.dumps(Attack(marker))),
+        "could run code",
+    ),
+    "torch pickle": (
+        lambda file, marker: torch.save({"state_dict": {}, "repnet": Attack(marker)}, file),
+        "posix.system",
+    ),
+    "another format": (
+        lambda file, marker: torch.save({"state_dict": {}, "epoch": 3}, file),
+        "has the keys state_dict, epoch",
+    ),
+    "newer": (
+        lambda file, marker: edit(file, lambda c: c["repnet"].update(version=99)),
+        "format version 99",
+    ),
+    "deploy form": (
+        lambda file, marker: edit(file, lambda c: c["repnet"].update(form="deploy")),
+        "in deploy form",
+    ),
+    "target": (
+        spec("model", lambda m: {"_target_": "os.system", "command": f"touch {m}"}),
+        "'os.system' may not be built",
+    ),
+    "hidden target": (
+        spec("model", lambda m: {
+            "_target_": "repnet.models.RepVGG", "depths": [1, 1, 1, 1], "widths": [1, 1, 1, 1],
+            "block": {"_target_": "repnet.layers.torch.load", "f": str(m)},
+        }),
+        "torch.serialization.load",
+    ),
+    "data target": (
+        spec("data", lambda m: {"_target_": "subprocess.run", "args": ["touch", str(m)]}),
+        "'subprocess.run' may not be built",
+    ),
+    "no model": (spec("model", lambda m: None), "does not describe a network"),
+    "other weights": (
+        lambda file, marker: edit(file, lambda c: c["state_dict"].pop("model.head.bias")),
+        "head.bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_checkpoints_run_nothing_and_leave_nothing(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    damage, reason = HOSTILE[name]
+    marker = tmp_path / "executed"
+    damage(checkpoint, marker)
+    with pytest.raises(InputError, match=reason):
+        deploy(checkpoint, tmp_path / "out")
+    assert not marker.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["missing", "truncated", "torch pickle"])
+def test_the_command_ends_with_2_on_bad_input(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    HOSTILE[name][0](checkpoint, tmp_path / "executed")
+    result = run("deploy.py", f"ckpt={checkpoint}", cwd=tmp_path, code=2)
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (checkpoint.parent.parent / "deploy").exists()
+
+
+def test_the_forms_are_told_apart(checkpoint: Path, tmp_path: Path) -> None:
+    deploy(checkpoint, tmp_path / "out")
+    with pytest.raises(InputError, match="holds a deploy model"):
+        deploy(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(InputError, match="belongs to a deploy model"):
+        deploy(tmp_path / "out" / "model.safetensors", tmp_path / "again")
+    refused = run("train.py", f"resume={tmp_path / 'out'}", cwd=tmp_path, code=2)
+    assert "holds a deploy model, which is not trained" in refused.stderr
+    with pytest.raises(InputError, match="deploy it first"):
+        repnet.load_deployed(checkpoint.parent.parent)
+
+
+def test_the_data_may_have_moved(checkpoint: Path, tmp_path: Path) -> None:
+    edit(checkpoint, lambda c: c["repnet"]["config"].update(
+        data={"_target_": "repnet.data.MNIST", "root": "gone", "download": True}))  # fmt: skip
+    with pytest.raises(InputError, match=r"data\.root='gone'"):
+        deploy(checkpoint, tmp_path / "out")
+    with pytest.raises(InputError, match=r"data\.root='elsewhere'"):
+        deploy(checkpoint, tmp_path / "out", Settings(data={"root": "elsewhere"}))
+
+
+class Shifted(nn.Module):
+    """Logits are the pixels; a shift is added and taken away, which rounds them in float32."""
+
+    def __init__(self, shift: float, bias: float = 0.0) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(shift))
+        self.bias = nn.Parameter(torch.tensor([bias, 0.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.flatten(1) + self.shift) - self.shift + self.bias
+
+
+IMAGES = torch.tensor([[1.0, 5.0], [1.003, 1.0035]])[:, :, None, None]
+LABELS = torch.tensor([1, 1])
+
+
+def test_a_sample_within_rounding_error_is_a_tie() -> None:
+    forms = Shifted(0.0), Shifted(65536.0)  # the step of float32 there is 1 / 128
+    result = evaluate(*forms, [(IMAGES, LABELS)], torch.device("cpu"))
+    assert [(sample.index, sample.is_tie) for sample in result.changed] == [(1, True)]
+    assert result.agreement == 0.5
+    assert result.metrics["train_form"]["top1"] == 1
+    assert result.metrics["deploy_form"]["top1"] == 0.5
+
+
+def test_a_wrong_bias_is_not_a_tie() -> None:
+    forms = Shifted(0.0), Shifted(0.0, bias=0.001)
+    result = evaluate(*forms, [(IMAGES, LABELS)], torch.device("cpu"))
+    assert [(sample.index, sample.is_tie) for sample in result.changed] == [(1, False)]
+
+
+def test_not_a_number_is_never_agreement() -> None:
+    forms = Shifted(0.0), Shifted(0.0)
+    result = evaluate(*forms, [(IMAGES * float("nan"), LABELS)], torch.device("cpu"))
+    assert not result.finite

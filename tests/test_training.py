@@ -1,0 +1,97 @@
+"""The LightningModule, parameter groups, schedules and the run's config."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from torch import nn
+
+from repnet import create_model
+from repnet.data import FakeImages
+from repnet.errors import InputError
+from repnet.training import Classifier, repvgg_parameter_groups, warmup_cosine
+from repnet.training.run import complete_model
+
+
+def test_repvgg_decays_weights_and_identity_gammas_only() -> None:
+    model = create_model("repvgg_tiny", num_classes=5)
+    model.stem.requires_grad_(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, rest = repvgg_parameter_groups(model)
+    decaying = {names[id(p)] for p in decay["params"]}
+    assert "weight_decay" not in decay  # the optimizer's own
+    assert rest["weight_decay"] == 0
+    assert "stages.0.1.conv.0.conv.weight" in decaying
+    assert "stages.0.1.conv.2.weight" in decaying  # the identity's gamma
+    assert "head.weight" in decaying
+    left = {names[id(p)] for p in rest["params"]}
+    assert {"head.bias", "stages.0.1.conv.2.bias", "stages.0.1.conv.0.bn.weight"} <= left
+    assert not any(name.startswith("stem.") for name in decaying | left)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert decaying | left == trainable
+    assert not decaying & left
+
+
+def test_warm_up_then_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(
+        optimizer, total_steps=100, steps_per_epoch=10, warmup_epochs=2, final_factor=0.1
+    )
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(rates[:20], [2 * (n + 1) / 20 for n in range(20)])
+    assert rates[20] == 2.0
+    assert rates[60] == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert rates == sorted(rates[:20]) + sorted(rates[20:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_classifier_works_in_a_foreign_script(tmp_path: Any) -> None:
+    """A plain network, no Hydra, none of our callbacks."""
+    data = FakeImages(image_size=8, classes=3, train_size=24, batch_size=8)
+    data.setup()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    before = [p.detach().clone() for p in net.parameters()]
+    module = Classifier(net, 3, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert trainer.callback_metrics["val/top5"] == 1  # of 3 classes
+    (metrics,) = trainer.test(module, data, verbose=False)
+    with torch.no_grad():
+        logits, labels = [
+            torch.cat(parts)
+            for parts in zip(*((net.eval()(x), y) for x, y in data.test_dataloader()), strict=True)
+        ]
+    assert metrics["test/top1"] == pytest.approx((logits.argmax(1) == labels).double().mean())
+    assert metrics["test/loss"] == pytest.approx(
+        nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
+    )
+
+
+def config(**model: Any) -> dict[str, Any]:
+    return {"model": {"_target_": "repnet.models.RepVGG", **model}, "block": None}
+
+
+def test_the_model_learns_from_the_data_what_it_must_know() -> None:
+    data = FakeImages(channels=2, classes=7)
+    assert complete_model(config(), data) == {
+        "_target_": "repnet.models.RepVGG", "num_classes": 7, "in_channels": 2,
+    }  # fmt: skip
+    assert complete_model(config(num_classes=9), data)["num_classes"] == 9
+    block = {"_target_": "repnet.blocks.PlainBlock", "_partial_": True}
+    assert complete_model({**config(), "block": block}, data)["block"] == block
+    foreign = {"_target_": "torchvision.models.resnet18", "num_classes": None}
+    assert complete_model({"model": foreign}, data) == {**foreign, "num_classes": 7}
+    with pytest.raises(InputError, match="takes no block"):
+        complete_model({"model": foreign, "block": block}, data)
