@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -241,9 +242,6 @@ def _device(name: str) -> torch.device:
 def _provenance(
     contents: dict[str, Any], path: Path, device: torch.device, data: Any, settings: Settings
 ) -> dict[str, Any]:
-    hardware = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
     return {
         "checkpoint": str(path.resolve()),
         "checkpoint_sha256": sha256(path),
@@ -252,7 +250,7 @@ def _provenance(
         "model": contents["repnet"]["config"]["model"],
         "data": type(data).__name__,
         "split": settings.split,
-        "device": f"{device.type} ({hardware}, {torch.get_num_threads()} threads)",
+        "device": _hardware(device),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "repnet": __version__,
@@ -260,6 +258,18 @@ def _provenance(
             "python": platform.python_version(),
         },
     }
+
+
+def _hardware(device: torch.device) -> str:
+    """Return what a latency was measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        name = found[1] if found else name
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:

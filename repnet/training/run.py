@@ -39,7 +39,8 @@ from repnet.training.classifier import Classifier
 RESUME_PACKAGES = (
     *MODEL_PACKAGES,
     "repnet.data",
-    "repnet.training",
+    "repnet.training.parameter_groups",
+    "repnet.training.schedules",
     "torch.optim",
     "torch.nn.modules.loss",
     "torchvision.transforms.v2",
@@ -91,6 +92,8 @@ def train(
     config = {**config, "model": complete_model(config, data)}
     model = build(config["model"], allowed=allowed)
     trainer_options = {**config["trainer"], "_partial_": True}
+    if _on_cpu(config):
+        trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
     _refuse_crashing_layout(config)
 
     history = History(directory)
@@ -224,16 +227,19 @@ def _uninterrupted(trainer: pl.Trainer, call: Any) -> Any:
         raise
 
 
+def _on_cpu(config: dict[str, Any]) -> bool:
+    accelerator = config["trainer"].get("accelerator", "auto")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
 def _refuse_crashing_layout(config: dict[str, Any]) -> None:
     """Refuse float32 channels_last training on CPU.
 
     torch 2.13 and 2.14 end in a segmentation fault in the backward pass of a 1x1 stride-2
     convolution of 3 or 4 channels, the stem of these networks (oneDNN).
     """
-    trainer = config["trainer"]
-    accelerator = trainer.get("accelerator", "auto")
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    if config["channels_last"] and on_cpu and "bf16" not in str(trainer.get("precision", "32")):
+    precision = str(config["trainer"].get("precision", "32"))
+    if config["channels_last"] and _on_cpu(config) and "bf16" not in precision:
         raise InputError(
             "channels_last=true in float32 on the CPU crashes torch in the stem's backward pass; "
             "use trainer.precision=bf16-mixed, or channels_last=false"
@@ -264,8 +270,8 @@ def _device(trainer: pl.Trainer) -> str:
 
 def _quiet() -> None:
     """Silence what Lightning says at every start and what our users cannot act upon."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
