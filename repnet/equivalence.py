@@ -20,11 +20,15 @@ class FoldMismatchError(RuntimeError):
     Args:
         message: what differs, by how much.
         block: name of the first block that differs, None where no single block does.
+        equivalence: all that was measured.
     """
 
-    def __init__(self, message: str, block: str | None = None) -> None:
+    def __init__(
+        self, message: str, block: str | None = None, equivalence: Equivalence | None = None
+    ) -> None:
         super().__init__(message)
         self.block = block
+        self.equivalence = equivalence
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,14 @@ class Equivalence:
                 f"{block.relative_error:.1e}, allowed {block_tolerance:.0e}; it is the first of "
                 f"{len(self.blocks)} replaced blocks that does",
                 block.name,
+                self,
             )
         if not self.max_relative_error <= output_tolerance:
             raise FoldMismatchError(
                 f"the outputs differ: relative error {self.max_relative_error:.1e}, allowed "
                 f"{output_tolerance:.0e}, although every one of the {len(self.blocks)} replaced "
-                "blocks agrees; something outside them changed"
+                "blocks agrees; something outside them changed",
+                equivalence=self,
             )
 
 

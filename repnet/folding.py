@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -63,7 +63,21 @@ class FoldReport:
         return "\n".join(lines)
 
 
-def reparameterize(model: nn.Module, example_input: Any, *, return_report: bool = False) -> Any:
+@overload
+def reparameterize(
+    model: nn.Module, example_input: Any, *, return_report: Literal[False] = False
+) -> nn.Module: ...
+
+
+@overload
+def reparameterize(
+    model: nn.Module, example_input: Any, *, return_report: Literal[True]
+) -> tuple[nn.Module, FoldReport]: ...
+
+
+def reparameterize(
+    model: nn.Module, example_input: Any, *, return_report: bool = False
+) -> nn.Module | tuple[nn.Module, FoldReport]:
     """Return a copy of `model` in which every block that is one convolution is one.
 
     Outermost first, each submodule that is affine in evaluation and holds at least two layers, one

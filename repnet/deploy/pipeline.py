@@ -103,6 +103,8 @@ def deploy(
         report["verified"] = True
     except (FoldMismatchError, VerificationError) as error:
         report["refusal"] = str(error)
+        if isinstance(error, FoldMismatchError) and error.equivalence is not None:
+            _report_proof(report, error.equivalence)
     with _staged(directory) as stage:
         if artifact is not None:
             save_deployed(
@@ -144,6 +146,7 @@ def _verify(
     exact = deepcopy(train_form).double()
     folded, fold_report = reparameterize(exact, example.double(), return_report=True)
     _report_fold(report, fold_report)
+    # Once more than reparameterize did: what is saved is proved here, whoever folded it.
     proof = compare(exact, folded, [example.double()])
     _report_proof(report, proof)
     proof.check(BLOCK_TOLERANCE, OUTPUT_TOLERANCE)

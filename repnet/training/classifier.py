@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,13 +16,16 @@ from torchmetrics.classification import MulticlassAccuracy
 from repnet.training.parameter_groups import repvgg_parameter_groups
 
 
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
 class Classifier(LightningModule):
     """Train any image classifier; logs `train/loss` and `{val,test}/{loss,top1,top5}`.
 
     Args:
         model: maps images `(batch, channels, height, width)` to logits `(batch, num_classes)`.
         num_classes: for the metrics; top-5 is top-`num_classes` where there are fewer.
-        optimizer: called with parameter groups.
+        optimizer: called with parameter groups; the default is that of RepVGG's authors.
         scheduler: called as `scheduler(optimizer, total_steps=, steps_per_epoch=)`; stepped after
             every optimizer step.
         loss: called with logits and labels in training.
@@ -34,7 +38,7 @@ class Classifier(LightningModule):
         model: nn.Module,
         num_classes: int,
         *,
-        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer],
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] = SGD,
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         parameter_groups: Callable[[nn.Module], Iterable[Any]] = repvgg_parameter_groups,
