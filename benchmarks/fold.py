@@ -61,6 +61,7 @@ def main() -> None:
         model = randomize(create_model(name))
         example = torch.randn(1, 3, arguments.size, arguments.size)
         folded, report = reparameterize(model, example, return_report=True)
+        assert report.proof is not None
         calls: dict[str, Callable[[], Any]] = {
             "fold and proof": partial(reparameterize, model, example),
             "forward, train form": partial(model, example),

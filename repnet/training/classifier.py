@@ -15,7 +15,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from repnet.training.parameter_groups import repvgg_parameter_groups
 
-
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
