@@ -86,7 +86,11 @@ class Equivalence:
 
 
 def compare(
-    reference: nn.Module, candidate: nn.Module, batches: Iterable[Any] | Tensor
+    reference: nn.Module,
+    candidate: nn.Module,
+    batches: Iterable[Any] | Tensor,
+    *,
+    names: list[str] | None = None,
 ) -> Equivalence:
     """Run both models on the same inputs, in evaluation mode, and measure the difference.
 
@@ -99,13 +103,14 @@ def compare(
         candidate: the model that should equal it.
         batches: inputs on the models' device and of their dtype: tensors, `(input, target)` pairs
             (the target is not used), `Inputs`, or one tensor.
+        names: of the blocks; None for those that differ in class.
 
     Raises:
         ValueError: there is nothing to compare.
     """
     if isinstance(batches, Tensor):
         batches = [batches]
-    names = replaced_modules(reference, candidate)
+    names = replaced_modules(reference, candidate) if names is None else names
     errors = dict.fromkeys(names, 0.0)
     order: list[str] = []
     samples, agreeing, max_error, max_relative_error = 0, 0, 0.0, 0.0
@@ -117,7 +122,7 @@ def compare(
                 expected = inputs(reference)
             with _replayed(candidate, names, outputs, errors):
                 inputs(candidate)
-            order = order or list(outputs)
+            order += [name for name in outputs if name not in order]
             actual = inputs(candidate)
             error, scale = _difference(expected, actual)
             max_error = _worse(max_error, error)
@@ -145,7 +150,8 @@ class Inputs:
         return cls((batch[0] if isinstance(batch, tuple | list) else batch,))
 
     def __call__(self, model: nn.Module) -> Any:
-        return model(*self.args, **(self.kwargs or {}))
+        args, kwargs = tree_map(_clone, (self.args, self.kwargs or {}))  # forward may work in place
+        return model(*args, **kwargs)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Return the same with every floating-point tensor in `dtype`."""
@@ -163,9 +169,18 @@ def replaced_modules(reference: nn.Module, candidate: nn.Module) -> list[str]:
     for name, module in reference.named_modules():
         if any(not n or name.startswith(f"{n}.") for n in names):
             continue
-        if name in theirs and type(theirs[name]) is not type(module):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            continue  # what follows it was folded into it: that is the block's end
+        if name in theirs and _kind(theirs[name]) != _kind(module):
             names.append(name)
     return names
+
+
+def _kind(module: nn.Module) -> object:
+    """Return the class, and for a padding with a convolution also how many layers it has."""
+    layers = list(module.children()) if type(module) is nn.Sequential else []
+    padded = bool(layers) and type(layers[0]) is nn.ZeroPad2d
+    return (type(module), len(layers)) if padded else type(module)
 
 
 @contextmanager
@@ -191,11 +206,13 @@ def _replayed(
     model: nn.Module, names: list[str], outputs: dict[str, list[Any]], errors: dict[str, float]
 ) -> Iterator[None]:
     """Raise `errors[name]` to each module's error, then let it return the recorded output."""
+    calls = dict.fromkeys(names, 0)
 
     def replay(name: str) -> Any:
         recorded = iter(outputs.get(name, ()))
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            calls[name] += 1
             expected = next(recorded, None)
             if expected is None:  # called more often than its original
                 errors[name] = float("inf")
@@ -210,6 +227,9 @@ def _replayed(
     handles = [model.get_submodule(n).register_forward_hook(replay(n)) for n in names]
     try:
         yield
+        for name in names:
+            if calls[name] < len(outputs.get(name, ())):
+                errors[name] = float("inf")
     finally:
         for handle in handles:
             handle.remove()

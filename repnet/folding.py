@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnet.equivalence import Equivalence, Inputs, compare
+from repnet.equivalence import Equivalence, FoldMismatchError, Inputs, compare
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.symbolic import kernel_of
 
@@ -27,6 +27,7 @@ class Fold:
 
     name: str
     replaced: tuple[str, ...]
+    end: str | None = None  # where a chain ends: the module whose output the two forms share
 
 
 @dataclass
@@ -110,10 +111,17 @@ def reparameterize(
     folded, report = surgery.model, surgery.report
     report.was_training = model.training
     if not any(t.is_meta for t in model.parameters()):
-        report.proof = compare(reference, folded, [inputs])
+        chained = {fold.name for fold in report.folded if fold.end}
+        names = [f.end or f.name for f in report.folded if f.end or f.name not in chained]
+        try:
+            report.proof = compare(reference, folded, [inputs], names=names)
+        except (AttributeError, TypeError, IndexError) as error:
+            raise FoldMismatchError(
+                f"the folded model does not run: {error}; folded were {', '.join(names)}"
+            ) from error
         report.proof.check(BLOCK_TOLERANCE, OUTPUT_TOLERANCE)
     del reference
-    _restore_dtypes(folded, model)
+    _restore_dtypes(folded, model, [fold.name for fold in report.folded])
     return (folded, report) if return_report else folded
 
 
@@ -122,13 +130,23 @@ class _Surgery:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.report = FoldReport()
-        self.shapes, self.costs = _observe(model, inputs)
+        self.shapes, self.costs, self.calls = _observe(model, inputs)
         self.names = Counter(
             id(module) for _, module in model.named_modules(remove_duplicate=False)
         )
         self.done: dict[int, nn.Module] = {}
+        # Hooks are anyone's code, and must not see kernels or proxies.
+        self.hooks = {
+            m: (m._forward_hooks, m._forward_pre_hooks)
+            for m in model.modules()
+            if m._forward_hooks or m._forward_pre_hooks
+        }
+        for m in self.hooks:
+            m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
         self.model = self._fold(model, "")
         self._fold_norms(self.model, "")
+        for m, (hooks, pre_hooks) in self.hooks.items():
+            m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
         for norm_name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm):
                 self.report.left.append(norm_name)
@@ -166,7 +184,7 @@ class _Surgery:
         shapes = self.shapes.get(id(module))
         if shapes is None:
             raise NotAffineError("it was not run, or not from one 4-D tensor to another")
-        _refuse_hooks(module)
+        self._refuse_hooks(module)
         (channels, positions), (_, out_positions) = shapes
         kernel = kernel_of(module, channels)
         cost = sum(self.costs.get(id(m), 0) for m in module.modules())
@@ -201,6 +219,13 @@ class _Surgery:
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 self._fold_chain(module, name, node, calls, read)
 
+    def _refuse_hooks(self, module: nn.Module) -> None:
+        for name, m in module.named_modules():
+            if m in self.hooks:
+                raise NotFoldableError(
+                    f"'{name or type(m).__name__}' has a forward hook; remove it first"
+                )
+
     def _fold_chain(
         self,
         root: nn.Module,
@@ -226,20 +251,25 @@ class _Surgery:
                 break
             chain.append((str(user.target), layer))
             node = user
-        norms = [(n, m) for n, m in chain if _layers(m, n)]
+        while chain and not _layers(chain[-1][1], ""):
+            chain.pop()
+        norms = chain
         if not norms:
             return
         names = [full, *(f"{prefix}.{n}" if prefix else n for n, _ in norms)]
         shared = [
             n
             for n, m in [(str(full).removeprefix(f"{prefix}."), conv), *norms]
-            if calls[n] > 1 or self.names[id(m)] > 1 or any(r.startswith(f"{n}.") for r in read)
+            if calls[n] > 1
+            or self.calls[id(m)] > 1
+            or self.names[id(m)] > 1
+            or any(r.startswith(f"{n}.") for r in read)
         ]
         try:
             if shared:
                 raise NotFoldableError(f"'{shared[0]}' is also used elsewhere")
             for _, layer in [("", conv), *norms]:
-                _refuse_hooks(layer)
+                self._refuse_hooks(layer)
             sequence = nn.Sequential(conv, *(layer for _, layer in chain))
             folded = _as_module(kernel_of(sequence, conv.in_channels), like=sequence)
         except NotFoldableError as error:
@@ -247,8 +277,8 @@ class _Surgery:
             return
         root.set_submodule(names[0].removeprefix(f"{prefix}."), folded)
         for norm_name, _ in norms:
-            root.set_submodule(norm_name, nn.Identity())
-        self.report.folded.append(Fold(full, tuple(names)))
+            root.set_submodule(norm_name, nn.Identity().eval())
+        self.report.folded.append(Fold(full, tuple(names), names[-1]))
 
 
 class _Tracer(fx.Tracer):
@@ -259,7 +289,9 @@ class _Tracer(fx.Tracer):
         return no_children or super().is_leaf_module(module, qualified_name)
 
 
-def _observe(model: nn.Module, inputs: Inputs) -> tuple[dict[int, Any], dict[int, int]]:
+def _observe(
+    model: nn.Module, inputs: Inputs
+) -> tuple[dict[int, Any], dict[int, int], Counter[int]]:
     """Run the model once; return shapes and multiplications by module identity.
 
     Returns:
@@ -268,8 +300,10 @@ def _observe(model: nn.Module, inputs: Inputs) -> tuple[dict[int, Any], dict[int
     """
     shapes: dict[int, Any] = {}
     costs: dict[int, int] = {}
+    calls: Counter[int] = Counter()
 
     def observe(module: nn.Module, args: Any, output: Any) -> None:
+        calls[id(module)] += 1
         pair = (*args, output)
         if len(pair) != 2 or not all(isinstance(t, Tensor) and t.ndim == 4 for t in pair):
             return
@@ -288,7 +322,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> tuple[dict[int, Any], dict[int
     finally:
         for handle in handles:
             handle.remove()
-    return shapes, costs
+    return shapes, costs, calls
 
 
 def _as_inputs(example_input: Any) -> Inputs:
@@ -305,14 +339,6 @@ def _layers(module: nn.Module, name: str) -> list[str]:
         if next(m.parameters(recurse=False), None) is not None
         or next(m.buffers(recurse=False), None) is not None
     ]
-
-
-def _refuse_hooks(module: nn.Module) -> None:
-    for name, m in module.named_modules():
-        if m._forward_hooks or m._forward_pre_hooks:
-            raise NotFoldableError(
-                f"'{name or type(m).__name__}' has a forward hook; remove it first"
-            )
 
 
 def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
@@ -371,7 +397,7 @@ def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
     return layer.eval()
 
 
-def _restore_dtypes(folded: nn.Module, original: nn.Module) -> None:
+def _restore_dtypes(folded: nn.Module, original: nn.Module, blocks: list[str]) -> None:
     """Cast each tensor to the dtype that it, or else the layer it stands for, had before."""
     modules = dict(original.named_modules())
     tensors = {**dict(original.named_parameters()), **dict(original.named_buffers())}
@@ -379,7 +405,8 @@ def _restore_dtypes(folded: nn.Module, original: nn.Module) -> None:
         home = name
         while home not in modules:
             home = home.rpartition(".")[0]
-        layer = modules[home]
+        block = next((b for b in blocks if not b or f"{name}.".startswith(f"{b}.")), None)
+        layer = modules[home if block is None else block]
         floating = (
             t.dtype for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()
         )
@@ -387,5 +414,5 @@ def _restore_dtypes(folded: nn.Module, original: nn.Module) -> None:
         for owner in (module._parameters, module._buffers):
             for key, tensor in owner.items():
                 if tensor is not None and tensor.is_floating_point():
-                    same = tensors.get(f"{name}.{key}" if name else key)
+                    same = tensors.get(f"{name}.{key}" if name else key) if block is None else None
                     tensor.data = tensor.data.to(default if same is None else same.dtype)

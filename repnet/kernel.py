@@ -36,7 +36,8 @@ class ConvKernel:
 
     Args:
         weight: `(out, in / groups, kernel height, kernel width)`.
-        bias: `(out,)`, or None where it is structurally zero, which matters at borders.
+        bias: `(out,)`, or None where it is structurally zero, which matters at borders. Weight
+            and bias are held in the higher of their dtypes.
         stride: `(vertical, horizontal)`, like every pair here.
         padding: zeros around the (upsampled) input, `((top, bottom), (left, right))`.
         dilation: lattice step of the taps.
@@ -62,6 +63,10 @@ class ConvKernel:
             raise ValueError(
                 f"bias must have shape ({self.out_channels},), got {tuple(self.bias.shape)}"
             )
+        if self.bias is not None and self.bias.dtype != self.weight.dtype:
+            dtype = torch.promote_types(self.bias.dtype, self.weight.dtype)
+            object.__setattr__(self, "weight", self.weight.to(dtype))
+            object.__setattr__(self, "bias", self.bias.to(dtype))
         if self.groups < 1 or self.out_channels % self.groups:
             raise ValueError(f"groups={self.groups} must divide {self.out_channels} channels")
         if min(*self.stride, *self.dilation, *self.upsample) < 1:
@@ -291,6 +296,13 @@ class ConvKernel:
         )
 
     __iadd__ = __isub__ = __imul__ = __itruediv__ = _in_place
+
+    def _compared(self, other: Any = None) -> Any:
+        raise NotAffineError("forward compares values of its input, which is not affine")
+
+    # Without these, Python would compare identities, and take every kernel for true.
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _compared
+    __hash__ = object.__hash__
 
 
 def add(kernels: Sequence[ConvKernel]) -> ConvKernel:

@@ -44,7 +44,7 @@ class Scale(nn.Module):
         super().__init__()
         self.value = value
         self.weight = (
-            None if channels is None else nn.Parameter(torch.full((channels, 1, 1), value))
+            None if channels is None else nn.Parameter(torch.full((channels, 1, 1), float(value)))
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -69,7 +69,10 @@ def build(spec: Any, *, allowed: Iterable[str] | None = None) -> Any:
         InputError: a target does not exist, is not allowed, or does not take these arguments.
     """
     packages = None if allowed is None else tuple(allowed)
-    targets = {target: _resolve(target, packages) for target in set(_targets(spec))}
+    names = sorted(set(_targets(spec)))
+    for name in names:
+        _check_name(name, packages)  # all of them, before the first import, which runs code too
+    targets = {name: _resolve(name, packages) for name in names}
     built = _build(spec, targets)
     if targets and hasattr(built, "register_buffer") and is_plain(spec):
         built.architecture = spec
@@ -111,7 +114,7 @@ def _build(spec: Any, targets: dict[str, Callable[..., Any]]) -> Any:
         return values
     name = str(spec["_target_"])
     args = values.pop("_args_", [])
-    if special := [k for k in values if k.startswith("_")]:
+    if special := [k for k in values if not isinstance(k, str) or k.startswith("_")]:
         raise InputError(f"{name}: unknown key '{special[0]}'; known are _partial_ and _args_")
     partial = bool(spec.get("_partial_"))
     try:
@@ -129,10 +132,13 @@ def _build(spec: Any, targets: dict[str, Callable[..., Any]]) -> Any:
         raise
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise InputError(f"{name}: {error}") from error
 
 
-def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]:
-    """Return the class or function that `target` names, checked as an object, not as a spelling."""
+def _check_name(target: str, allowed: tuple[str, ...] | None) -> None:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise InputError(f"'{target}' is not the dotted name of a class or function")
     package = target.partition(".")[0]
@@ -142,6 +148,10 @@ def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]
             f"'{target}' may not be built from a file: it is not defined in {', '.join(allowed)}"
             + ("" if own else f". If you trust its author, add trust=[{package}]")
         )
+
+
+def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]:
+    """Return the class or function that `target` names, checked as an object, not as a spelling."""
     found = _locate(target)
     if allowed is not None:
         plain = inspect.isclass(found) or inspect.isfunction(found)

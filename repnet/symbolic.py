@@ -254,6 +254,7 @@ def _chunk(x: ConvKernel, chunks: int, dim: int = 0) -> tuple[ConvKernel, ...]:
 
 
 def _narrow(x: ConvKernel, dim: int, start: int, length: int) -> ConvKernel:
+    start %= x.out_channels  # counted from the end if negative
     return _split(x, [start, length, x.out_channels - start - length], dim)[1]
 
 
@@ -282,6 +283,11 @@ def _dropout(x: ConvKernel, p: float = 0.5, training: bool = True, inplace: bool
     return x
 
 
+def _detach(x: ConvKernel) -> ConvKernel:
+    bias = None if x.bias is None else x.bias.detach()
+    return replace(x, weight=x.weight.detach(), bias=bias)
+
+
 def _unchanged(x: ConvKernel, *args: Any, **kwargs: Any) -> ConvKernel:
     return x
 
@@ -302,9 +308,11 @@ def _channelwise(x: ConvKernel, scale: Tensor, shift: Tensor | None) -> ConvKern
 def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
     """Return a constant operand as one value per channel, `(channels,)`."""
     channels = kernel.out_channels
-    value = _exact(torch.as_tensor(constant, device=kernel.device))
-    if not isinstance(constant, Tensor):
-        value = value.to(kernel.dtype)
+    dtype = kernel.dtype  # a number takes the dtype of what it meets, a tensor may raise it
+    if isinstance(constant, Tensor):
+        constant = _exact(constant)
+        dtype = torch.promote_types(constant.dtype, dtype)
+    value = torch.as_tensor(constant, dtype=dtype, device=kernel.device)
     if value.numel() == 1 and value.ndim <= 4:
         return value.reshape(1).expand(channels)
     shape = (1,) * (4 - value.ndim) + tuple(value.shape)
@@ -357,7 +365,8 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
             (("split", "split_with_sizes"), _split),
             (("chunk",), _chunk),
             (("narrow",), _narrow),
-            (("clone", "detach", "contiguous"), _unchanged),
+            (("clone", "contiguous"), _unchanged),
+            (("detach",), _detach),
         )
         for name in names
         for namespace in (torch, Tensor)

@@ -60,6 +60,30 @@ def test_blocks_are_listed_in_the_order_of_execution(
     result.check(1e-12, 1e-12)
 
 
+class OwnConv2d(nn.Conv2d):
+    """As many libraries have it: a subclass that computes the same."""
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)],
+        lambda: [OwnConv2d(4, 4, 3), nn.BatchNorm2d(4)],
+        lambda: [nn.Sequential(nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4))],
+        lambda: [nn.Sequential(nn.Conv2d(4, 4, 2, padding="same"), nn.BatchNorm2d(4))],
+    ],
+    ids=["siblings", "siblings of another class", "padding in front", "padding of a block"],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_no_block_of_a_right_fold_is_blamed(
+    layers: Callable[[], list[nn.Module]], x: Tensor
+) -> None:
+    model = randomize_batch_norm(nn.Sequential(*layers(), nn.ReLU())).double()
+    result = compare(model, reparameterize(model, x), x)
+    assert len(result.blocks) == 1
+    assert result.first_difference(1e-12) is None
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("wrong", range(3))
 def test_only_the_wrong_block_has_an_error(

@@ -554,7 +554,7 @@ def test_a_forward_that_reads_what_was_folded_is_refused_as_a_mismatch(x: Tensor
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *wrong: int) -> None:
-    """Make the fold of the given affine blocks, counted in the order of the tree, slightly wrong."""
+    """Make the folds of some sums, counted from 1 in the order of the tree, slightly wrong."""
     count = 0
 
     def kernel_of_or_wrong(module: nn.Module, in_channels: int) -> ConvKernel:

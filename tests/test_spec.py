@@ -57,6 +57,10 @@ def outsider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("outsider", None)
 
 
+def notes_of(outsider: Path) -> str:
+    return outsider.read_text(encoding="utf-8") if outsider.exists() else ""
+
+
 def at(target: Any) -> dict[str, Any]:
     return {"_target_": target}
 
@@ -117,7 +121,11 @@ def at(target: Any) -> dict[str, Any]:
     ],
 )
 def test_a_file_cannot_name_anything_else(target: Any) -> None:
-    for spec in (at(target), {**TINY, "block": at(target)}, [{"deep": [{**TINY, "x": at(target)}]}]):
+    for spec in (
+        at(target),
+        {**TINY, "block": at(target)},
+        [{"deep": [{**TINY, "x": at(target)}]}],
+    ):
         with pytest.raises(InputError):
             build(spec, allowed=MODEL_PACKAGES)
 
@@ -139,6 +147,9 @@ def test_a_file_can_name_public_classes_and_functions(spec: dict[str, Any], kind
 def test_a_refusal_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"'mypackage\.Net' may not be .*trust=\[mypackage\]"):
         build(at("mypackage.Net"), allowed=MODEL_PACKAGES)
+    with pytest.raises(InputError) as caught:
+        build(at("os.system"), allowed=MODEL_PACKAGES)
+    assert "trust" not in str(caught.value)
 
 
 def test_what_is_not_trusted_is_not_imported(outsider: Path) -> None:
@@ -149,10 +160,20 @@ def test_what_is_not_trusted_is_not_imported(outsider: Path) -> None:
 
 
 def test_trust_is_for_the_package_that_is_named(outsider: Path) -> None:
-    for trust in ("out", "outsiders", "outsider.make", "repnet"):
+    for trust in ("out", "outsiders", "repnet"):
         with pytest.raises(InputError):
             build(at("outsider.make0"), allowed=(*MODEL_PACKAGES, trust))
     assert not outsider.exists()
+    for trust in ("outsider.make", "outsider.make00"):
+        with pytest.raises(InputError):
+            build(at("outsider.make0"), allowed=(*MODEL_PACKAGES, trust))
+    assert "called" not in notes_of(outsider)
+
+
+def test_a_name_is_not_trusted_for_its_beginning() -> None:
+    for allowed in ("repnet.model", "repnet.models.rep", "rep"):
+        with pytest.raises(InputError):
+            build(TINY, allowed=[allowed])
 
 
 def test_a_trusted_package_is_built(outsider: Path) -> None:
@@ -160,7 +181,7 @@ def test_a_trusted_package_is_built(outsider: Path) -> None:
     nothing, widget = build(spec, allowed=(*MODEL_PACKAGES, "outsider"))
     assert nothing is None
     assert widget.size == 3
-    assert outsider.read_text() == "imported called "
+    assert notes_of(outsider) == "imported called "
 
 
 @pytest.mark.parametrize(
@@ -190,7 +211,7 @@ def test_nothing_is_called_before_every_target_is_checked(refused: str, outsider
     spec = [*(at(f"outsider.make{i}") for i in range(20)), {"last": [at(refused)]}]
     with pytest.raises(InputError):
         build(spec, allowed=(*MODEL_PACKAGES, "outsider"))
-    assert "called" not in (outsider.read_text() if outsider.exists() else "")
+    assert "called" not in notes_of(outsider)
 
 
 def test_nothing_is_imported_where_a_name_alone_is_refused(outsider: Path) -> None:
@@ -217,6 +238,9 @@ def test_the_own_config_may_name_anything(outsider: Path) -> None:
         ({**TINY, "_call_": True}, r"unknown key '_call_'"),
         ({**TINY, "_convert_": "all"}, r"unknown key '_convert_'"),
         (at("math.pi"), r"'math\.pi' is not a class or function"),
+        ({**TINY, "depths": [1, 1, 1]}, r"repnet\.models\.RepVGG: depths and widths need 4 values"),
+        ({**TINY, 1: 2}, r"repnet\.models\.RepVGG"),
+        ({**TINY, "_args_": 3}, r"repnet\.models\.RepVGG"),
     ],
 )
 def test_an_error_names_the_target_and_the_reason(spec: dict[str, Any], message: str) -> None:
@@ -224,9 +248,15 @@ def test_an_error_names_the_target_and_the_reason(spec: dict[str, Any], message:
         build(spec)
 
 
-def test_an_error_inside_a_target_is_not_hidden() -> None:
-    with pytest.raises(TypeError, match="'int'"):
-        build({**TINY, "depths": 3})
+def test_the_names_of_arguments_are_checked_where_they_are_bound() -> None:
+    with pytest.raises(InputError, match=r"repnet\.layers\.conv_bn: .*'kernel'"):
+        build({**at("repnet.layers.conv_bn"), "_partial_": True, "kernel": 2})
+
+
+def test_an_unknown_option_of_a_block_is_bad_input_too() -> None:
+    block = {**at("repnet.blocks.RepVGGBlock"), "_partial_": True, "dilations": 2}
+    with pytest.raises(InputError, match="dilations"):
+        build({**TINY, "block": block})
 
 
 def test_a_module_that_cannot_be_imported_says_why(
@@ -252,7 +282,9 @@ def test_positional_arguments_may_be_targets_too() -> None:
     assert [type(child) for child in built] == [nn.Conv2d] * 2
 
 
-@pytest.mark.parametrize("data", [3, "text", "${x}", None, [1, [2.5]], {"a": {"b": [True]}}, {}, []])
+@pytest.mark.parametrize(
+    "data", [3, "text", "${x}", None, [1, [2.5]], {"a": {"b": [True]}}, {}, []]
+)
 def test_data_without_targets_stays_data(data: Any) -> None:
     assert build(data, allowed=MODEL_PACKAGES) == data
 
@@ -291,7 +323,11 @@ def test_choices_are_files_and_an_unknown_one_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "names", "message"),
     [
-        ("adm", ["adam", "sgd"], "unknown kind 'adm'; did you mean 'adam'? Choose one of: adam, sgd"),
+        (
+            "adm",
+            ["adam", "sgd"],
+            "unknown kind 'adm'; did you mean 'adam'? Choose one of: adam, sgd",
+        ),
         ("zzz", ["adam", "sgd"], "unknown kind 'zzz'. Choose one of: adam, sgd"),
         ("zzz", [], "unknown kind 'zzz'. Choose one of: (none)"),
     ],

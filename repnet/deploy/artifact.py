@@ -126,13 +126,10 @@ def load_deployed(directory: str | Path, *, trust: Sequence[str] = ()) -> nn.Mod
     architecture = description["architecture"]
     try:
         model = build(architecture["train_form"], allowed=(*MODEL_PACKAGES, *trust))
-        for name, settings in architecture["layers"].items():
-            layer = _build_layer(settings)
-            if name:
-                model.set_submodule(name, layer)
-            else:
-                model = layer
-        model.load_state_dict(load_file(weights), strict=True, assign=True)
+        model = _with_layers(model, architecture["layers"])
+        # Cloned, because safetensors returns unaligned views, whose results differ in the last bit.
+        state = {key: value.clone() for key, value in load_file(weights).items()}
+        model.load_state_dict(state, strict=True, assign=True)
     except InputError as error:
         raise InputError(f"'{directory}': {error}") from error
     except (
@@ -162,7 +159,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise InputError(f"'{directory}' is not a deploy model: there is no '{path}'{hint}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(f"'{path}' is not the description of a repnet deploy model")
@@ -183,9 +180,9 @@ def _changed_layers(architecture: dict[str, Any], model: nn.Module) -> dict[str,
     """Return a description of each layer of `model` that its train form does not have."""
     with torch.device("meta"):
         original = build(architecture)
-    modules = dict(original.named_modules())
+    modules = dict(original.named_modules(remove_duplicate=False))
     layers: dict[str, Any] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if any(not n or name.startswith(f"{n}.") for n in layers):
             continue
         twin = modules.get(name)
@@ -198,7 +195,26 @@ def _changed_layers(architecture: dict[str, Any], model: nn.Module) -> dict[str,
                     f"'{name}' is a {type(module).__name__}, which folding does not make"
                 )
             layers[name] = settings
+    with torch.device("meta"):
+        rebuilt = _with_layers(original, layers).state_dict()
+    state = model.state_dict()
+    wrong = [
+        key
+        for key in (*state, *rebuilt)
+        if key not in state or key not in rebuilt or state[key].shape != rebuilt[key].shape
+    ]
+    if wrong:
+        raise InputError(f"the architecture does not fit the model at '{wrong[0]}'")
     return layers
+
+
+def _with_layers(model: nn.Module, layers: dict[str, Any]) -> nn.Module:
+    for name, settings in layers.items():
+        layer = _build_layer(settings)
+        if not name:
+            return layer
+        model.set_submodule(name, layer)
+    return model
 
 
 def _settings(module: nn.Module) -> dict[str, Any] | None:
