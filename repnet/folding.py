@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repnet.convolution import as_module
 from repnet.equivalence import Equivalence, FoldMismatchError, Inputs, compare
-from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
+from repnet.kernel import NotAffineError, NotFoldableError
+from repnet.siblings import Chain, Convolution, find_chains
 from repnet.symbolic import kernel_of
 
 # float64: a fold adds about 1e-15. Errors of all blocks together may grow in deep nets whose
@@ -23,11 +25,17 @@ OUTPUT_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Fold:
-    """The layers named in `replaced` became one convolution called `name`."""
+    """The layers named in `replaced` became one convolution called `name`.
+
+    Args:
+        name: of the convolution.
+        replaced: names of the layers.
+        end: of a chain, its last layer, after which both forms have the same tensor.
+    """
 
     name: str
     replaced: tuple[str, ...]
-    end: str | None = None  # where a chain ends: the module whose output the two forms share
+    end: str | None = None
 
 
 @dataclass
@@ -144,7 +152,8 @@ class _Surgery:
         for m in self.hooks:
             m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
         self.model = self._fold(model, "")
-        self._fold_norms(self.model, "")
+        for chain in list(find_chains(self.model)):
+            self._fold_chain(chain)
         for m, (hooks, pre_hooks) in self.hooks.items():
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
         for norm_name, module in self.model.named_modules():
@@ -165,7 +174,7 @@ class _Surgery:
         layers = _layers(module, name)
         if len(layers) >= 2:
             try:
-                replacement = self._convolution(module)
+                replacement = self._convolution(module, name)
                 self.report.folded.append(Fold(name, tuple(layers)))
             except NotAffineError:
                 pass  # an ordinary container, such as a stage with its activations
@@ -180,11 +189,11 @@ class _Surgery:
                         module._modules[key] = folded
         return replacement
 
-    def _convolution(self, module: nn.Module) -> nn.Module:
+    def _convolution(self, module: nn.Module, name: str) -> nn.Module:
         shapes = self.shapes.get(id(module))
         if shapes is None:
             raise NotAffineError("it was not run, or not from one 4-D tensor to another")
-        self._refuse_hooks(module)
+        self._refuse_hooks(module, name)
         (channels, positions), (_, out_positions) = shapes
         kernel = kernel_of(module, channels)
         cost = sum(self.costs.get(id(m), 0) for m in module.modules())
@@ -198,95 +207,37 @@ class _Surgery:
                 f"one convolution would be larger: {new_cost:,} instead of {cost:,} "
                 f"multiplications, {kernel.weight.numel():,} instead of {size:,} values"
             )
-        return _as_module(kernel, like=module)
+        return as_module(kernel, like=module)
 
-    def _fold_norms(self, module: nn.Module, name: str) -> None:
-        """Fold norms into the convolutions before them, in all that torch.fx can trace."""
-        if not any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in module.modules()):
-            return
+    def _fold_chain(self, chain: Chain) -> None:
+        """Fold the layers that follow a convolution into it."""
+        layers = {name: self.model.get_submodule(name) for name in chain.names}
+        shared = chain.shared or next(
+            (n for n, m in layers.items() if self.calls[id(m)] > 1 or self.names[id(m)] > 1), None
+        )
         try:
-            graph = _Tracer().trace(module)
-        except Exception:  # forward is anyone's code; where it branches, its parts are tried
-            for child_name, child in module.named_children():
-                self._fold_norms(child, f"{name}.{child_name}" if name else child_name)
-            return
-        calls = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
-        read = tuple(str(n.target) for n in graph.nodes if n.op == "get_attr")
-        for node in graph.nodes:
-            if node.op != "call_module":
-                continue
-            layer = module.get_submodule(str(node.target))
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                self._fold_chain(module, name, node, calls, read)
-
-    def _refuse_hooks(self, module: nn.Module) -> None:
-        for name, m in module.named_modules():
-            if m in self.hooks:
-                raise NotFoldableError(
-                    f"'{name or type(m).__name__}' has a forward hook; remove it first"
-                )
-
-    def _fold_chain(
-        self,
-        root: nn.Module,
-        prefix: str,
-        node: fx.Node,
-        calls: Counter[str],
-        read: tuple[str, ...],
-    ) -> None:
-        """Fold into the convolution at `node` all channelwise layers that alone consume it."""
-        conv = root.get_submodule(str(node.target))
-        assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
-        full = f"{prefix}.{node.target}" if prefix else str(node.target)
-        chain: list[tuple[str, nn.Module]] = []
-        while len(node.users) == 1:
-            (user,) = node.users
-            if user.op != "call_module" or user.args != (node,) or user.kwargs:
-                break
-            layer = root.get_submodule(str(user.target))
-            try:
-                if not kernel_of(layer, conv.out_channels).is_channelwise:
-                    break
-            except NotFoldableError:
-                break
-            chain.append((str(user.target), layer))
-            node = user
-        while chain and not _layers(chain[-1][1], ""):
-            chain.pop()
-        norms = chain
-        if not norms:
-            return
-        names = [full, *(f"{prefix}.{n}" if prefix else n for n, _ in norms)]
-        shared = [
-            n
-            for n, m in [(str(full).removeprefix(f"{prefix}."), conv), *norms]
-            if calls[n] > 1
-            or self.calls[id(m)] > 1
-            or self.names[id(m)] > 1
-            or any(r.startswith(f"{n}.") for r in read)
-        ]
-        try:
-            if shared:
-                raise NotFoldableError(f"'{shared[0]}' is also used elsewhere")
-            for _, layer in [("", conv), *norms]:
-                self._refuse_hooks(layer)
-            sequence = nn.Sequential(conv, *(layer for _, layer in chain))
-            folded = _as_module(kernel_of(sequence, conv.in_channels), like=sequence)
+            if shared is not None:
+                raise NotFoldableError(f"'{shared}' is also used elsewhere")
+            for name, layer in layers.items():
+                self._refuse_hooks(layer, name)
+            conv, *followers = layers.values()
+            assert isinstance(conv, Convolution)
+            sequence = nn.Sequential(conv, *followers)
+            folded = as_module(kernel_of(sequence, conv.in_channels), like=sequence)
         except NotFoldableError as error:
-            self.report.skipped.update(dict.fromkeys(names[1:], str(error)))
+            self.report.skipped.update(dict.fromkeys(chain.names[1:], str(error)))
             return
-        root.set_submodule(names[0].removeprefix(f"{prefix}."), folded)
-        for norm_name, _ in norms:
-            root.set_submodule(norm_name, nn.Identity().eval())
-        self.report.folded.append(Fold(full, tuple(names), names[-1]))
+        first, *others = chain.names
+        self.model.set_submodule(first, folded)
+        for name in others:
+            self.model.set_submodule(name, nn.Identity().eval())
+        self.report.folded.append(Fold(first, chain.names, end=others[-1]))
 
-
-class _Tracer(fx.Tracer):
-    """Stops at every layer without children, also at those of other libraries."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        no_children = next(module.children(), None) is None
-        return no_children or super().is_leaf_module(module, qualified_name)
+    def _refuse_hooks(self, module: nn.Module, name: str) -> None:
+        for full_name, m in module.named_modules(prefix=name):
+            if m in self.hooks:
+                where = full_name or type(m).__name__
+                raise NotFoldableError(f"'{where}' has a forward hook; remove it first")
 
 
 def _observe(
@@ -296,7 +247,7 @@ def _observe(
 
     Returns:
         `((in channels, in positions), (out channels, out positions))` of each module that maps one
-        4-D tensor to another, and multiplications per sample of each convolution.
+        4-D tensor to another, multiplications per sample of each convolution, and calls.
     """
     shapes: dict[int, Any] = {}
     costs: dict[int, int] = {}
@@ -318,7 +269,7 @@ def _observe(
         with torch.no_grad():
             inputs(model)
     except Exception as error:  # forward is anyone's code
-        raise ValueError(f"the model cannot run on example_input: {error}") from error
+        raise ValueError(f"the model cannot run on example_input in float64: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -339,62 +290,6 @@ def _layers(module: nn.Module, name: str) -> list[str]:
         if next(m.parameters(recurse=False), None) is not None
         or next(m.buffers(recurse=False), None) is not None
     ]
-
-
-def _as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
-    """Return the layer that computes `kernel`; it is trainable and channels-last as `like` is.
-
-    Raises:
-        NotFoldableError: torch has no such layer.
-    """
-    (top, bottom), (left, right) = kernel.padding
-    settings: dict[str, Any] = {
-        "in_channels": kernel.in_channels,
-        "out_channels": kernel.out_channels,
-        "kernel_size": kernel.kernel_size,
-        "dilation": kernel.dilation,
-        "groups": kernel.groups,
-        "bias": kernel.bias is not None,
-        "device": "meta",
-    }
-    layer: nn.Module
-    conv: nn.Conv2d | nn.ConvTranspose2d
-    weight = kernel.weight
-    if kernel.upsample == (1, 1):
-        if (top, left) == (bottom, right) and min(top, left) >= 0:
-            layer = conv = nn.Conv2d(**settings, stride=kernel.stride, padding=(top, left))
-        else:
-            conv = nn.Conv2d(**settings, stride=kernel.stride)
-            layer = nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
-    else:
-        reach = [d * (k - 1) for d, k in zip(kernel.dilation, kernel.kernel_size, strict=True)]
-        padding = (reach[0] - top, reach[1] - left)
-        output_padding = (bottom - top, right - left)
-        limits = [max(s, d) for s, d in zip(kernel.upsample, kernel.dilation, strict=True)]
-        if (
-            kernel.stride != (1, 1)
-            or min(*padding, *output_padding) < 0
-            or any(o >= limit for o, limit in zip(output_padding, limits, strict=True))
-        ):
-            raise NotFoldableError(
-                "torch has no transposed convolution with this stride and padding"
-            )
-        layer = conv = nn.ConvTranspose2d(
-            **settings, stride=kernel.upsample, padding=padding, output_padding=output_padding
-        )
-        weight = weight.unflatten(0, (kernel.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-    trainable = any(p.requires_grad for p in like.parameters())
-    memory_format = torch.contiguous_format
-    if any(
-        p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        for p in like.parameters()
-    ):
-        memory_format = torch.channels_last
-    weight = weight.detach().contiguous(memory_format=memory_format)
-    conv.weight = nn.Parameter(weight, requires_grad=trainable)
-    if kernel.bias is not None:
-        conv.bias = nn.Parameter(kernel.bias.detach(), requires_grad=trainable)
-    return layer.eval()
 
 
 def _restore_dtypes(folded: nn.Module, original: nn.Module, blocks: list[str]) -> None:

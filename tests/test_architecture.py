@@ -22,7 +22,9 @@ ORDER = {
     "kernel": {"symbolic"},  # lazily: the rules are written in terms of the kernel
     "symbolic": {"kernel"},
     "equivalence": {"kernel", "symbolic"},
-    "folding": {"kernel", "symbolic", "equivalence"},
+    "convolution": {"kernel"},
+    "siblings": {"kernel", "symbolic"},
+    "folding": {"kernel", "symbolic", "convolution", "siblings", "equivalence"},
     "complexity": set(),
     "spec": {"errors"},
     "layers": set(),

@@ -20,7 +20,7 @@ import repnet
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.pipeline import Settings, VerificationError, deploy
 from repnet.errors import InputError
-from tests.commands import ROOT, environment, run
+from tests.commands import environment, run
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def kernels(
     largest: int = 4,
     steps: int = 3,
 ) -> ConvKernel:
-    """Draw a kernel of any geometry.
+    """Draw a kernel of any geometry, every other time one without stride, padding and dilation.
 
     Args:
         draw: given by hypothesis.
@@ -90,13 +90,15 @@ def kernels(
         in_channels = draw(CHANNELS) if after is None else after.out_channels
     out_channels = draw(CHANNELS)
     groups = draw(st.sampled_from(divisors(gcd(in_channels, out_channels))))
-    may_insert = after is None or (after.is_pointwise and after.bias is None)
+    plain = draw(st.booleans())
+    may_insert = not plain and (after is None or (after.is_pointwise and after.bias is None))
     padding, upsample = [], []
     for axis in range(2):
         sides = []
         for side in range(2):
             cropped = after is not None and after.padding[axis][side] < 0
-            sides.append(draw(st.integers(-1, 2 if may_insert and not cropped else 0)))
+            most = 2 if may_insert and not cropped else 0
+            sides.append(0 if plain else draw(st.integers(-1, most)))
         padding.append((sides[0], sides[1]))
         strided = after is not None and after.stride[axis] > 1
         upsample.append(draw(st.integers(1, 3 if may_insert and not strided else 1)))
@@ -106,9 +108,9 @@ def kernels(
     return ConvKernel(
         random(seed, out_channels, in_channels // groups, height, width),
         random(seed + 1, out_channels) if has_bias else None,
-        stride=draw(pairs(1, steps)),
+        stride=draw(pairs(1, 1 if plain else steps)),
         padding=(padding[0], padding[1]),
-        dilation=draw(pairs(1, steps)),
+        dilation=draw(pairs(1, 1 if plain else steps)),
         upsample=(upsample[0], upsample[1]),
         groups=groups,
     )
@@ -289,6 +291,27 @@ def test_channelwise_kernels_take_the_fast_path_to_the_same_result(case, seed, h
     assert relative_error(obvious(x), fast(x)) < TOLERANCE
 
 
+POINTWISE = ConvKernel(torch.ones(4, 1, 1, 1), torch.ones(4), groups=4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        (POINTWISE, True),
+        (ConvKernel.identity(1), True),
+        (replace(POINTWISE, stride=(1, 2)), False),
+        (replace(POINTWISE, upsample=(2, 1)), False),
+        (replace(POINTWISE, padding=((0, 1), (0, 0))), False),
+        (replace(POINTWISE, padding=((0, 0), (-1, 0))), False),
+        (POINTWISE.with_groups(2), False),
+        (ConvKernel(torch.ones(8, 1, 1, 1), groups=4), False),
+        (ConvKernel(torch.ones(4, 1, 1, 3), groups=4), False),
+    ],
+)
+def test_channelwise_is_a_number_for_each_channel(kernel, expected):
+    assert kernel.is_channelwise == expected
+
+
 @given(SEEDS, SEEDS)
 def test_a_transposed_convolution_is_a_kernel_that_upsamples(weight_seed, input_seed):
     weight, x = random(weight_seed, 4, 6, 3, 2), random(input_seed, 2, 4, 5, 6)
@@ -384,6 +407,28 @@ def square(size: int, *, seed: int = 0, out_channels: int = 4, **geometry) -> Co
 
 
 PAD_ONE = ((1, 1), (1, 1))
+
+
+TWO = ((2, 2), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kernel_size", "dilation"),
+    [
+        (add([square(3, padding=PAD_ONE), square(1)]), (3, 3), (1, 1)),
+        (add([square(3, padding=PAD_ONE), identity(4)]), (3, 3), (1, 1)),
+        (add([square(1), square(1)]), (1, 1), (1, 1)),
+        (add([square(3, padding=TWO, dilation=(2, 2)), square(1)]), (3, 3), (2, 2)),
+        (add([square(3, padding=TWO, dilation=(2, 2)), square(5, padding=TWO)]), (5, 5), (1, 1)),
+        (square(1).then(square(3, dilation=(2, 3))), (3, 3), (2, 3)),
+        (square(3, dilation=(2, 3)).then(square(1)), (3, 3), (2, 3)),
+        (square(2, stride=(2, 2)).then(square(2)), (4, 4), (1, 1)),
+        (square(1, stride=(2, 2)).then(square(3)), (3, 3), (2, 2)),
+        (square(3, dilation=(2, 2)).then(square(2, dilation=(4, 2))), (5, 4), (2, 2)),
+    ],
+)
+def test_merged_kernels_have_no_more_taps_than_they_need(kernel, kernel_size, dilation):
+    assert (kernel.kernel_size, kernel.dilation) == (kernel_size, dilation)
 
 
 @pytest.mark.parametrize("law", [add, concat])
@@ -487,6 +532,12 @@ WEIGHT = torch.ones(4, 2, 3, 3)
 def test_parts_that_do_not_fit_are_refused(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         ConvKernel(**arguments)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, DTYPE), (DTYPE, torch.float32)], ids=str)
+def test_weight_and_bias_are_held_in_the_higher_precision(dtypes):
+    kernel = ConvKernel(WEIGHT.to(dtypes[0]), torch.ones(4, dtype=dtypes[1]), groups=2)
+    assert (kernel.weight.dtype, kernel.bias.dtype, kernel.dtype) == (DTYPE, DTYPE, DTYPE)
 
 
 def test_a_kernel_is_a_value():

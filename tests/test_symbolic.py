@@ -237,6 +237,9 @@ FORWARDS: dict[str, Callable[[], nn.Module]] = {
         conv=conv(4, 6),
         norm=nn.BatchNorm2d(6),
     ),
+    "functional pool of default stride": written(
+        lambda m, x: functional.avg_pool2d(m.conv(x), (2, 3)) * m.factor
+    ),
     "functional transposed": lambda: Written(
         lambda m, x: functional.conv_transpose2d(x, m.conv.weight, m.conv.bias, (2, 1), groups=2),
         conv=nn.ConvTranspose2d(4, 6, (3, 4), groups=2),
@@ -758,16 +761,24 @@ def test_the_naive_merge_is_wrong(refusal):
     assert relative_error(module(x), refusal.naive(module)(x)) > 1e-3
 
 
-def compare_with_zero(m: Any, x: Tensor) -> Tensor:
-    return m.conv(x) + (x == 0)
-
-
-def test_a_mask_is_refused():
-    module = prepared(written(compare_with_zero))
-    x = image().relu()
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x: x == 0,
+        lambda x: x != 0,
+        lambda x: x > 0,
+        lambda x: x <= 0,
+        lambda x: x >= 1,
+        lambda x: x < 0.5,
+    ],
+    ids=["==", "!=", ">", "<=", ">=", "<"],
+)
+def test_a_mask_is_refused(mask):
+    module = prepared(written(lambda m, x: m.conv(x) + mask(x)))
+    x = image().relu()  # with zeros
     naive = kernel_of(module.conv, CHANNELS)
     assert relative_error(module(x), naive(x)) > 1e-3
-    with pytest.raises(NotFoldableError):
+    with pytest.raises(NotFoldableError, match="compares values of its input"):
         kernel_of(module, CHANNELS)
 
 
