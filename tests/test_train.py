@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import torch
 import yaml
 from PIL import Image
 
+from repnet.cli.command import quoted
+from repnet.errors import InputError
+from repnet.training.run import train
 from tests.commands import ROOT, TINY, environment, run
 
 
@@ -74,9 +78,9 @@ def test_resume_keeps_the_config_but_for_values(finished: tuple[Path, str]) -> N
 
 
 def test_interrupted_and_resumed(tmp_path: Path) -> None:
-    directory = tmp_path / "a run"  # a path that needs quotes
+    directory = tmp_path / "it's a run"  # a path that needs quotes
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir='{directory}'",
+        [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={quoted(directory)}",
          "trainer.max_epochs=4"],
         cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -97,6 +101,21 @@ def test_interrupted_and_resumed(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows] == [39 * n for n in (1, 2, 3, 4)]
     assert all(float(row["images_per_second"]) > 1 for row in rows)
     assert (directory / "result.json").exists()
+
+
+@pytest.mark.parametrize("key", ["model", "data", "optimizer", "trainer", "loss"])
+def test_a_resumed_config_runs_only_what_it_may(
+    finished: tuple[Path, str], tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    config[key] = {"_target_": "evil.attack"}
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"'evil.attack' may not be built from a file"):
+        train(config, directory, resume=True)
+    assert not (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize(

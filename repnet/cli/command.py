@@ -103,14 +103,14 @@ def command_line(script: str, **overrides: Any) -> str:
     installed = Path(sys.argv[0]).name.startswith("repnet-")
     words = [f"repnet-{script}"] if installed else ["python", f"{script}.py"]
     for key, value in overrides.items():
-        words.append(shlex.quote(f"{key}={_quoted(value)}"))
+        words.append(shlex.quote(f"{key}={quoted(value)}"))
     return " ".join(words)
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """Return a value as Hydra's grammar reads it."""
     if isinstance(value, list):
-        return f"[{','.join(_quoted(v) for v in value)}]"
+        return f"[{','.join(quoted(v) for v in value)}]"
     text = str(value)
     if re.fullmatch(r"[\w./:%+@-]+", text):
         return text

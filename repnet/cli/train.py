@@ -23,8 +23,8 @@ def main() -> None:
         key, _, value = argument.partition("=")
         if key == "resume" and value and value != "null":
             # The run continues in its own directory.
-            path = str(Path(value.strip("'\"")).resolve()).replace("'", "\\'")
-            sys.argv.append(f"hydra.run.dir='{path}'")
+            path = value.strip("'\"").replace("\\'", "'")  # as Hydra reads it
+            sys.argv.append(f"hydra.run.dir={command.quoted(Path(path).resolve())}")
             break
     command.run("train", job)
 

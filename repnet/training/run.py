@@ -89,7 +89,7 @@ def train(
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     data = build(config["data"], allowed=allowed)
     data.setup()
-    config = {**config, "model": complete_model(config, data)}
+    config = {**config, "model": complete_model(config, data, allowed)}
     model = build(config["model"], allowed=allowed)
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
@@ -168,7 +168,9 @@ def train(
     }
 
 
-def complete_model(config: dict[str, Any], data: Any) -> dict[str, Any]:
+def complete_model(
+    config: dict[str, Any], data: Any, allowed: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Return the model's description with what the data and the block group decide.
 
     `num_classes`, `in_channels` and `block` are added where the model's target takes them by name
@@ -177,9 +179,13 @@ def complete_model(config: dict[str, Any], data: Any) -> dict[str, Any]:
     Args:
         config: with the entries `model` and `block`.
         data: an `ImageDataModule` after `setup`.
+        allowed: packages that the target must be defined in; None for the user's own config.
+
+    Raises:
+        InputError: a block was chosen for a model that takes none, or the target is not allowed.
     """
     spec = dict(config["model"])
-    target = build({**spec, "_partial_": True}).func
+    target = build({**spec, "_partial_": True}, allowed=allowed).func
     accepted = inspect.signature(target).parameters
     known = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
     if config.get("block"):
