@@ -135,8 +135,8 @@ def draw_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(1, 3)
     colors = {"train": "#888888", "val": "#2266bb"}
-    for key in ("train/loss", "val/loss"):
-        loss.plot(*curve(key), ".-", label=key, color=colors[key.split("/")[0]])
+    for key, label in (("train/loss", "train/loss, as optimized"), ("val/loss", "val/loss")):
+        loss.plot(*curve(key), ".-", label=label, color=colors[key.split("/")[0]])
     loss.set(title="loss", yscale="log")
     epochs, top1 = curve("val/top1")
     accuracy.plot(epochs, top1, ".-", label="val/top1", color=colors["val"])
