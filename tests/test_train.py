@@ -188,6 +188,24 @@ def test_a_network_is_assembled_from_config(tmp_path: Path, block: str) -> None:
     assert report["fold"]["left"] == []
 
 
+def test_a_network_of_ones_own_is_named_in_the_next_command(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from repnet.blocks import PlainBlock\n\nclass MyBlock(PlainBlock):\n    pass\n"
+    )
+    (tmp_path / "configs" / "block").mkdir(parents=True)
+    (tmp_path / "configs" / "block" / "my.yaml").write_text(
+        "_target_: mine.MyBlock\n_partial_: true\n"
+    )
+    path = f"{ROOT}:{tmp_path}"
+    result = run("train.py", "--config-dir", "configs", "block=my", *TINY, cwd=tmp_path,
+                 PYTHONPATH=path)  # fmt: skip
+    command = shlex.split(result.stdout.splitlines()[-1])
+    assert command[-1] == "trust=[mine]"
+    refused = run("deploy.py", command[2], cwd=tmp_path, code=2, PYTHONPATH=path)
+    assert "trust=[mine]" in refused.stderr
+    run("deploy.py", *command[2:], cwd=tmp_path, PYTHONPATH=path)
+
+
 def test_a_sweep_ends_with_a_table_and_survives_a_failing_job(tmp_path: Path) -> None:
     result = run("train.py", "-m", *TINY, "hydra.sweep.dir=sweep", "block=plain,residual",
                  "optimizer.lr=0.05,1e38", cwd=tmp_path, code=1)  # fmt: skip

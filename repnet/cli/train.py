@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from repnet.cli import command
 from repnet.errors import InputError
 from repnet.files import write_json
-from repnet.spec import MODEL_PACKAGES, foreign_packages
+from repnet.spec import foreign_packages
+
+# What a resumed run builds beside its network and data, from libraries that need no trust.
+_TRAINING = ("loss", "optimizer", "scheduler", "trainer", "logger")
+_LIBRARIES = ("repnet", "torch", "torchvision", "pytorch_lightning")
 
 
 def main() -> None:
@@ -47,8 +52,8 @@ def job(cfg: DictConfig) -> float | None:
         return None
     except KeyboardInterrupt:
         if (directory / "checkpoints" / "last.ckpt").exists():
-            trust = {"trust": list(cfg.trust)} if cfg.trust else {}
-            resume = command.command_line("train", resume=directory, **trust)
+            config = OmegaConf.to_container(cfg, resolve=True)
+            resume = command.command_line("train", resume=directory, **_trust(config, _TRAINING))
             print(f"\nThe state was saved. Continue with:\n{resume}", flush=True)
         raise
     return result["val"]["top1"]
@@ -67,7 +72,7 @@ def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, 
     result = train(config, directory, resume=bool(cfg.resume), trust=trust)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         write_json(directory / "result.json", {**result, "overrides": overrides})
-        _summarize(result, sorted({*trust, *foreign_packages(config["model"], MODEL_PACKAGES)}))
+        _summarize(result, {**config, "trust": trust})
     return result
 
 
@@ -96,7 +101,18 @@ def _saved_config(cfg: DictConfig, directory: Path, overrides: list[str]) -> Any
     return OmegaConf.to_container(saved, resolve=False)
 
 
-def _summarize(result: dict[str, Any], trust: list[str]) -> None:
+def _trust(config: Any, parts: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the `trust` that the next command needs: packages of the network, data and `parts`."""
+    packages = {
+        *config["trust"],
+        *foreign_packages([config["model"], config.get("block")]),
+        *foreign_packages({"_target_": config["data"]["_target_"]}, _LIBRARIES[:1]),
+        *foreign_packages([config.get(part) for part in parts], _LIBRARIES),
+    }
+    return {"trust": sorted(packages)} if packages else {}
+
+
+def _summarize(result: dict[str, Any], config: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -111,6 +127,7 @@ def _summarize(result: dict[str, Any], trust: list[str]) -> None:
     table.add_row("training speed", f"{result['images_per_second']:,.0f} images/s")
     table.add_row("wall time", f"{result['wall_seconds']:.1f} s")
     Console().print(table)
-    options: dict[str, Any] = {"trust": trust} if trust else {}
     print("Next, fold it and confirm that its predictions are unchanged:")
-    print(command.command_line("deploy", ckpt=result["best_checkpoint"], **options), flush=True)
+    print(
+        command.command_line("deploy", ckpt=result["best_checkpoint"], **_trust(config)), flush=True
+    )
