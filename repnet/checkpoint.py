@@ -87,20 +87,34 @@ def model_from(
         model = build(spec, allowed=(*MODEL_PACKAGES, *trust))
     except RecursionError as error:
         raise InputError(f"{path}: the description of its network is nested too deeply") from error
-    except InputError as error:
+    except Exception as error:  # the arguments came out of the file too, and may be anything
         raise InputError(f"{path}: {error}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{path}: its 'model' entry does not describe a network")
+    load_network(model, contents, path)
+    return model
+
+
+def load_network(model: nn.Module, contents: dict[str, Any], path: str | Path) -> None:
+    """Load the weights of a checkpoint into the network that it describes.
+
+    Args:
+        model: changed in place.
+        contents: of `read_checkpoint`.
+        path: for messages.
+
+    Raises:
+        InputError: the weights do not fit.
+    """
     state = {
-        key.removeprefix(MODEL_PREFIX): value
+        str(key).removeprefix(MODEL_PREFIX): value
         for key, value in contents["state_dict"].items()
-        if key.startswith(MODEL_PREFIX)
+        if str(key).startswith(MODEL_PREFIX)
     }
     try:
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: its weights do not fit its network: {error}") from error
-    return model
 
 
 def find_checkpoint(path: str | Path, name: str = "best") -> Path:
@@ -116,7 +130,8 @@ def find_checkpoint(path: str | Path, name: str = "best") -> Path:
                 f"'{path}' holds a deploy model, which is folded already; a checkpoint in train "
                 "form is wanted (RUN/checkpoints/best.ckpt). To use it: repnet.load_deployed"
             )
-        checkpoint = path / "checkpoints" / f"{name}.ckpt"
+        inside = path if path.name == "checkpoints" else path / "checkpoints"
+        checkpoint = inside / f"{name}.ckpt"
         if not checkpoint.exists():
             raise InputError(f"'{path}' holds no checkpoint: there is no '{checkpoint}'")
         return checkpoint
@@ -177,5 +192,4 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _looks_pickled(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(2)
-    return head in (b"PK",) or head[:1] == b"\x80"
+        return file.read(1) == b"\x80"  # the pickle protocol's first byte

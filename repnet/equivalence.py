@@ -262,15 +262,19 @@ def _worse(first: float, second: float) -> float:
 
 
 def _agreement(expected: Any, actual: Any) -> tuple[int, int]:
-    """Return the batch size, and how many samples have the same argmax of the first output."""
+    """Return the batch size, and how many samples have the same argmax.
+
+    Outputs that are not one tensor count as one sample.
+    """
     theirs, ours = _tensors(expected), _tensors(actual)
-    if not theirs or not theirs[0].ndim:
+    if not theirs:
         return 0, 0
-    if not ours or ours[0].shape != theirs[0].shape:
-        return len(theirs[0]), 0
+    samples = len(theirs[0]) if isinstance(expected, Tensor) and theirs[0].ndim else 1
+    if [t.shape for t in theirs] != [t.shape for t in ours]:
+        return samples, 0
     a, b = theirs[0], ours[0].to(theirs[0].device)
-    if a.ndim == 1:
-        return len(a), len(a)
+    if not isinstance(expected, Tensor) or a.ndim < 2 or not a.numel():
+        return samples, samples  # no classes to choose from, such as boxes of a detector
     same = (a.argmax(1) == b.argmax(1)).reshape(len(a), -1).all(1)
     return len(a), int(same.sum())
 

@@ -115,14 +115,14 @@ def reparameterize(
     """
     inputs = _as_inputs(example_input).to(torch.float64)
     reference = deepcopy(model).eval().double()
-    surgery = _Surgery(deepcopy(reference), inputs)
+    surgery = _Surgery(reference, inputs)
     folded, report = surgery.model, surgery.report
     report.was_training = model.training
     if not any(t.is_meta for t in model.parameters()):
         chained = {fold.name for fold in report.folded if fold.end}
         names = [f.end or f.name for f in report.folded if f.end or f.name not in chained]
         try:
-            report.proof = compare(reference, folded, [inputs], names=names)
+            report.proof = compare(reference, _twin(folded), [inputs], names=names)
         except (AttributeError, TypeError, IndexError) as error:
             raise FoldMismatchError(
                 f"the folded model does not run: {error}; folded were {', '.join(names)}"
@@ -134,11 +134,14 @@ def reparameterize(
 
 
 class _Surgery:
-    """One folding of one float64 model, which is changed in place; the results are attributes."""
+    """One folding of a copy of one float64 model; the results are attributes."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, reference: nn.Module, inputs: Inputs) -> None:
         self.report = FoldReport()
-        self.shapes, self.costs, self.calls = _observe(model, inputs)
+        model = deepcopy(reference)
+        # The copy itself is never run: what forward keeps aside would stay in it, in float64.
+        observed = _observe(_twin(reference), inputs, list(model.modules()))
+        self.shapes, self.costs, self.calls = observed
         self.names = Counter(
             id(module) for _, module in model.named_modules(remove_duplicate=False)
         )
@@ -240,10 +243,21 @@ class _Surgery:
                 raise NotFoldableError(f"'{where}' has a forward hook; remove it first")
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy that shares parameters and buffers, and so takes no memory."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, shared)
+
+
 def _observe(
-    model: nn.Module, inputs: Inputs
+    model: nn.Module, inputs: Inputs, modules: list[nn.Module]
 ) -> tuple[dict[int, Any], dict[int, int], Counter[int]]:
-    """Run the model once; return shapes and multiplications by module identity.
+    """Run the model once; return shapes and multiplications by the identity of its `modules`.
+
+    Args:
+        model: what is run.
+        inputs: of it.
+        modules: of an equal model, in the same order.
 
     Returns:
         `((in channels, in positions), (out channels, out positions))` of each module that maps one
@@ -252,17 +266,19 @@ def _observe(
     shapes: dict[int, Any] = {}
     costs: dict[int, int] = {}
     calls: Counter[int] = Counter()
+    keys = {id(own): id(other) for own, other in zip(model.modules(), modules, strict=True)}
 
     def observe(module: nn.Module, args: Any, output: Any) -> None:
-        calls[id(module)] += 1
+        key = keys[id(module)]
+        calls[key] += 1
         pair = (*args, output)
         if len(pair) != 2 or not all(isinstance(t, Tensor) and t.ndim == 4 for t in pair):
             return
         counts = [(t.shape[1], t.shape[2] * t.shape[3]) for t in pair]
-        shapes[id(module)] = counts
+        shapes[key] = counts
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             positions = counts[1][1] if isinstance(module, nn.Conv2d) else counts[0][1]
-            costs[id(module)] = positions * module.weight.numel()
+            costs[key] = positions * module.weight.numel()
 
     handles = [m.register_forward_hook(observe) for m in model.modules()]
     try:

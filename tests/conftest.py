@@ -11,7 +11,7 @@ settings.register_profile("laws", deadline=None, derandomize=True, max_examples=
 settings.load_profile("laws")
 
 # The tensors are small, and pytest's workers share the cores: on 2 cores, 2 workers with 2 threads
-# each took 65 s for test_kernel.py, and 22 s with 1 thread each.
+# each took 60 s for test_kernel.py, and 10 to 16 s with 1 thread each (other jobs were running).
 torch.set_num_threads(1)
 
 

@@ -84,6 +84,42 @@ def test_nothing_is_overwritten_unasked(checkpoint: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
+def test_what_no_deployment_wrote_is_never_replaced(checkpoint: Path) -> None:
+    run_directory = checkpoint.parent.parent
+    with pytest.raises(InputError, match="holds 'checkpoints'"):
+        deploy(checkpoint, run_directory, Settings(overwrite=True))
+    assert checkpoint.exists()
+
+
+def test_a_refusal_keeps_the_model_that_was_verified(checkpoint: Path, tmp_path: Path) -> None:
+    deploy(checkpoint, tmp_path / "out")
+    with pytest.raises(VerificationError, match=r"out\.refused"):
+        deploy(checkpoint, tmp_path / "out", Settings(overwrite=True, tolerance=0))
+    repnet.load_deployed(tmp_path / "out")
+    assert json.loads((tmp_path / "out.refused" / "report.json").read_text())["refusal"]
+    assert not (tmp_path / "out.refused" / "model.json").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(split="train"),
+        Settings(latency_runs=0),
+        Settings(latency_batch=0),
+        Settings(tolerance=-1),
+        Settings(tolerance=float("nan")),
+        Settings(device="cuda:99"),
+        Settings(data={"batch_size": 0}),
+    ],
+)
+def test_settings_that_make_no_sense_are_bad_input(
+    checkpoint: Path, tmp_path: Path, settings: Settings
+) -> None:
+    with pytest.raises(InputError):
+        deploy(checkpoint, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
 WRONG_KERNEL = """
 import dataclasses, sys
 import repnet.folding
@@ -207,6 +243,22 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "data target": (
         spec("data", lambda m: {"_target_": "subprocess.run", "args": ["touch", str(m)]}),
         "'subprocess.run' may not be built",
+    ),
+    "no arguments": (
+        spec("model", lambda m: {"_target_": "repnet.models.RepVGG", "depths": [1, 1, 1, 1],
+                                 "widths": [float("inf")] * 4, "block": 5}),
+        "best.ckpt",
+    ),
+    "no data set": (spec("data", lambda m: [1]), "does not describe a data set"),
+    "a function for data": (
+        spec("data", lambda m: {"_target_": "repnet.data.base.split_indices", "n": 4,
+                                "held_out": 2}),
+        "does not describe a data set",
+    ),
+    "other images": (
+        lambda file, marker: edit(file, lambda c: c["repnet"]["data"].update(
+            input_shape=[3, 8, 8])),
+        r"images of \[3, 8, 8\]",
     ),
     "no model": (spec("model", lambda m: None), "does not describe a network"),
     "other weights": (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, add
+from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, add, concat, select
 from repnet.layers import Concat, PadBatchNorm, Scale, Sum, conv, conv_bn
 from repnet.symbolic import kernel_of
 from tests.models import randomize_batch_norm, relative_error
@@ -779,6 +779,34 @@ def test_a_mask_is_refused(mask):
     naive = kernel_of(module.conv, CHANNELS)
     assert relative_error(module(x), naive(x)) > 1e-3
     with pytest.raises(NotFoldableError, match="compares values of its input"):
+        kernel_of(module, CHANNELS)
+
+
+def concat_with_input(kernel: ConvKernel) -> ConvKernel:
+    return concat([kernel, ConvKernel.identity(CHANNELS, dtype=torch.float64)])
+
+
+def first_half(kernel: ConvKernel) -> ConvKernel:
+    return select(kernel, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("forward", "naive"),
+    [
+        (lambda m, x: torch.cat([m.conv(x), x]), concat_with_input),
+        (lambda m, x: torch.cat([m.conv(x), x], dim=2), concat_with_input),
+        (lambda m, x: torch.cat([m.conv(x), x], dim=-1), concat_with_input),
+        (lambda m, x: m.conv(x).split(2, dim=2)[0], first_half),
+        (lambda m, x: m.conv(x).chunk(2, dim=-1)[0], first_half),
+        (lambda m, x: m.conv(x).chunk(2)[0], first_half),
+        (lambda m, x: m.conv(x).narrow(3, 0, 2), first_half),
+    ],
+    ids=["cat 0", "cat 2", "cat -1", "split 2", "chunk -1", "chunk 0", "narrow 3"],
+)
+def test_other_dimensions_than_channels_are_refused(forward, naive):
+    module, x = prepared(written(forward)), image()
+    assert naive(kernel_of(module.conv, CHANNELS))(x).shape != module(x).shape
+    with pytest.raises(NotFoldableError, match="along dim"):
         kernel_of(module, CHANNELS)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,3 +232,111 @@ def test_help_and_config_need_no_torch(tmp_path: Path, script: str, flags: list[
     paths = f"{tmp_path}:{ROOT}"
     result = run(script, *flags, cwd=tmp_path, PYTHONPATH=paths)
     assert "hydra" in result.stdout or "ckpt" in result.stdout or "trainer" in result.stdout
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    return directory
+
+
+def last_checkpoint(directory: Path) -> dict[str, Any]:
+    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_crafted_run_directory_deletes_and_writes_nothing_elsewhere(copied: Path) -> None:
+    victim = copied.parent / "victim"
+    (victim / "kept").mkdir(parents=True)
+    contents = last_checkpoint(copied)
+    path = f"{copied}/checkpoints/../../victim"
+    for key, state in contents["callbacks"].items():
+        if "val/top1" in key:
+            low = torch.tensor(-1.0)
+            state.update(best_k_models={path: low}, kth_best_model_path=path, kth_value=low,
+                         best_model_path=path, best_model_score=low)  # fmt: skip
+    torch.save(contents, copied / "checkpoints" / "last.ckpt")
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["logger"] = {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": str(victim),
+                        "name": "../victim", "version": "x"}  # fmt: skip
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    (copied / "curves.png").unlink()
+    (copied / "curves.png").symlink_to(victim / "curves.png")
+    run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=copied.parent)
+    assert [path.name for path in victim.iterdir()] == ["kept"]
+
+
+def test_a_moved_run_keeps_its_best_score(copied: Path) -> None:
+    """The copy knows no path of the original, and overwrites its best only with a better one."""
+    shutil.copy(copied / "checkpoints" / "best.ckpt", copied / "before.ckpt")
+    contents = last_checkpoint(copied)
+    for key, state in contents["callbacks"].items():
+        if "val/top1" in key:
+            high = torch.tensor(2.0)
+            state.update(best_k_models=dict.fromkeys(state["best_k_models"], high), kth_value=high,
+                         best_model_score=high)  # fmt: skip
+    torch.save(contents, copied / "checkpoints" / "last.ckpt")
+    run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=copied.parent)
+    kept = (copied / "checkpoints" / "best.ckpt").read_bytes()
+    assert kept == (copied / "before.ckpt").read_bytes()
+    result = json.loads((copied / "result.json").read_text())
+    assert result["best_checkpoint"] == str(copied / "checkpoints" / "best.ckpt")
+
+
+def test_an_override_that_does_not_fit_leaves_the_run_as_it_was(copied: Path) -> None:
+    config = (copied / "config.yaml").read_text()
+    refused = run("train.py", f"resume={copied}", "model.widths=[1,1,1,1]", cwd=ROOT, code=2)
+    assert "do not fit its network" in refused.stderr
+    assert (copied / "config.yaml").read_text() == config
+    (copied / "checkpoints" / "last.ckpt").write_bytes(b"PK half a file")
+    truncated = run("train.py", f"resume={copied}", cwd=ROOT, code=2)
+    assert "damaged" in truncated.stderr
+
+
+def test_resuming_a_finished_run_keeps_its_record(copied: Path) -> None:
+    before = json.loads((copied / "result.json").read_text())
+    run("train.py", f"resume={copied}", "trainer.gradient_clip_val=1.0", cwd=ROOT)
+    after = json.loads((copied / "result.json").read_text())
+    assert after["test"] == before["test"]
+    assert after["images_per_second"] == pytest.approx(before["images_per_second"], rel=1e-2)
+    assert after["wall_seconds"] > before["wall_seconds"]
+    assert after["overrides"][: len(before["overrides"])] == before["overrides"]
+
+
+INTERRUPT = """
+import os, signal, sys
+from repnet.cli.train import main
+from repnet.training import Classifier
+
+original, count = Classifier.{method}, 0
+
+def step(self, batch, batch_index):
+    global count
+    count += 1
+    if count == {when}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self, batch, batch_index)
+
+Classifier.{method} = step
+sys.argv = ["train.py", *{arguments}]
+main()
+"""
+
+
+@pytest.mark.parametrize(("method", "when"), [("validation_step", 1), ("training_step", 2)])
+def test_an_epoch_interrupted_at_its_end_is_validated(
+    tmp_path: Path, method: str, when: int
+) -> None:
+    arguments = [*TINY, "trainer.max_epochs=2", "hydra.run.dir=run"]
+    script = INTERRUPT.format(method=method, when=when, arguments=arguments)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 130, result.stdout + result.stderr
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+    run("train.py", "resume=run", cwd=tmp_path)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(0, 2), (1, 4)]
+    assert all(row["val/top1"] and row["val/loss"] for row in rows)

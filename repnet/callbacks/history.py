@@ -10,7 +10,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from repnet.files import write_text
+from repnet.files import write_atomically, write_text
 
 COLUMNS = (
     "epoch",
@@ -49,12 +49,17 @@ class History(Callback):
         """Training images of all devices per second, validation not counted."""
         return self.images / self.seconds if self.seconds else 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self.directory / "metrics.csv"
         if path.exists():
             with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-            self.rows = [row for row in rows if int(row["epoch"]) < trainer.current_epoch]
+                self.rows = list(csv.DictReader(file))
+        self._sum_up()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now does a resumed trainer know its epoch; a row of an unfinished one is dropped.
+        self.rows = [row for row in self.rows if int(row["epoch"]) < trainer.current_epoch]
+        self._sum_up()
 
         self._start_clock()  # a run that is resumed within an epoch does not start that epoch
 
@@ -95,6 +100,12 @@ class History(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
             draw_curves(self.rows, self.directory / "curves.png")
+
+    def _sum_up(self) -> None:
+        """Count what earlier sessions of a resumed run have done."""
+        self.seconds = sum(float(row["seconds"]) for row in self.rows)
+        rates = ((float(row["seconds"]), float(row["images_per_second"])) for row in self.rows)
+        self.images = round(sum(seconds * rate for seconds, rate in rates))
 
     def _start_clock(self) -> None:
         self.epoch_start = self.last_batch_end = time.perf_counter()
@@ -160,7 +171,7 @@ def draw_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def _short(value: Any) -> Any:

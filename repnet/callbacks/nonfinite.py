@@ -47,7 +47,7 @@ class StopOnNonFiniteLoss(Callback):
         if not len(bad):
             return
         step, rate, loss = steps[int(bad[0])]
-        saved = [c.best_model_path for c in trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        saved = [getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks]
         good = next((path for path in reversed(saved) if path), None)
         raise NonFiniteLossError(
             f"the loss is {loss.item()} at step {step} (epoch {trainer.current_epoch}, learning "

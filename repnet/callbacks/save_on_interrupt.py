@@ -7,11 +7,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
 
 
-class SaveOnInterrupt(Callback):
+class SaveOnInterrupt(Checkpoint):
     """At the first Ctrl-C finish the step, save, then raise KeyboardInterrupt; the second is hard.
+
+    After the last step of an epoch its validation is finished too, so that its score counts. Name
+    it last among the callbacks: as a `Checkpoint` it then runs when all others have saved.
 
     Args:
         path: of the checkpoint, for instance `RUN/checkpoints/last.ckpt`.
@@ -27,12 +31,14 @@ class SaveOnInterrupt(Callback):
             self.previous = signal.signal(signal.SIGINT, self._request)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self.requested:
-            trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
+        if not trainer.is_last_batch:  # after the last one the epoch is validated and finished
+            self._stop_if_requested(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self.requested and not trainer.sanity_checking:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_requested(trainer)
+
+    def _stop_if_requested(self, trainer: Trainer) -> None:
+        if self.requested:
             trainer.save_checkpoint(self.path)
             raise KeyboardInterrupt
 

@@ -32,10 +32,8 @@ def deploy_directory(checkpoint: str) -> str:
             f"there is no checkpoint '{checkpoint}'; pass a file such as "
             "RUN/checkpoints/best.ckpt, or the run's directory"
         )
-    if path.is_dir():
-        return str(path / "deploy")
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return str(run / "deploy")
+    folder = path if path.is_dir() else path.parent
+    return str((folder.parent if folder.name == "checkpoints" else folder) / "deploy")
 
 
 def job(cfg: DictConfig) -> None:

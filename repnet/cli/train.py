@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from repnet.spec import foreign_packages
 
 # What a resumed run builds beside its network and data, from libraries that need no trust.
 _TRAINING = ("loss", "optimizer", "scheduler", "trainer", "logger")
+_ABSENT = object()
 _LIBRARIES = ("repnet", "torch", "torchvision", "pytorch_lightning")
 
 
@@ -26,7 +28,7 @@ def main() -> None:
     """Train from a config, resume a run, or sweep over configs (`-m`)."""
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
-        if key == "resume" and value and value != "null":
+        if key.lstrip("+") == "resume" and value and value != "null":
             # The run continues in its own directory.
             path = value.strip("'\"").replace("\\'", "'")  # as Hydra reads it
             sys.argv.append(f"hydra.run.dir={command.quoted(Path(path).resolve())}")
@@ -55,6 +57,7 @@ def job(cfg: DictConfig) -> float | None:
             config = OmegaConf.to_container(cfg, resolve=True)
             resume = command.command_line("train", resume=directory, **_trust(config, _TRAINING))
             print(f"\nThe state was saved. Continue with:\n{resume}", flush=True)
+        command.remove_if_empty(directory)
         raise
     return result["val"]["top1"]
 
@@ -62,6 +65,8 @@ def job(cfg: DictConfig) -> float | None:
 def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
     trust = list(cfg.trust)
     config: Any
+    if cfg.resume and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise InputError("resume continues one run in its own directory; leave out -m")
     if cfg.resume:
         config = _saved_config(cfg, directory, overrides)
     else:
@@ -71,7 +76,10 @@ def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, 
 
     result = train(config, directory, resume=bool(cfg.resume), trust=trust)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        write_json(directory / "result.json", {**result, "overrides": overrides})
+        path = directory / "result.json"
+        if cfg.resume and path.exists():  # how the run was started stays known
+            overrides = [*json.loads(path.read_text())["overrides"], *overrides]
+        write_json(path, {**result, "overrides": overrides})
         _summarize(result, {**config, "trust": trust})
     return result
 
@@ -90,9 +98,13 @@ def _saved_config(cfg: DictConfig, directory: Path, overrides: list[str]) -> Any
     groups = [name for name in HydraConfig.get().runtime.choices if "/" not in str(name)]
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in ("resume", "trust"):
+        if key.lstrip("+") in ("resume", "trust"):
             continue
-        if key in groups or key.startswith(("+", "~")) or OmegaConf.select(saved, key) is None:
+        if (
+            key in groups
+            or key.startswith(("+", "~"))
+            or OmegaConf.select(saved, key, default=_ABSENT) is _ABSENT
+        ):
             raise InputError(
                 f"'{override}' cannot be combined with resume, which continues a run with its own "
                 "config; values such as trainer.max_epochs=60 can be changed"

@@ -20,8 +20,8 @@ class ChangedSample:
         train_form: predicted class.
         deploy_form: predicted class.
         margin: by how much the train form prefers its class over that of the deploy form (logits).
-        rounding: measured error of both forms' own arithmetic on this sample (logits): the largest
-            difference to the same weights in float64.
+        rounding: by how much the arithmetic of both forms can move a margin of this sample: twice
+            the largest differences of their logits to the same weights in float64.
     """
 
     index: int
@@ -108,6 +108,7 @@ def evaluate(
         if len(differing):
             rounding = _rounding(train_form, logits, images, differing)
             rounding += _rounding(deploy_form, folded, images, differing)
+            rounding *= 2  # a margin is the difference of two logits
             for position, error in zip(differing.tolist(), rounding.tolist(), strict=True):
                 a, b = int(expected[position]), int(actual[position])
                 margin = (logits[position, a] - logits[position, b]).item()

@@ -19,6 +19,7 @@ from torch import nn
 from repnet import __version__
 from repnet.checkpoint import find_checkpoint, model_from, read_checkpoint
 from repnet.complexity import count_macs, count_parameters
+from repnet.data import ImageDataModule
 from repnet.deploy.artifact import save_deployed
 from repnet.deploy.evaluation import Evaluation, evaluate
 from repnet.deploy.latency import measure_latency
@@ -82,15 +83,19 @@ def deploy(
     """
     settings = settings or Settings()
     directory = Path(directory)
+    _check_settings(settings)
     _check_target(directory, settings.overwrite)
     path = find_checkpoint(checkpoint)
     contents = read_checkpoint(path)
     entry = contents["repnet"]
     device = _device(settings.device)
     train_form = model_from(contents, path, trust=settings.trust).eval()
-    data = _data(entry["config"], settings, path)
-    loader = data.val_dataloader() if settings.split == "val" else data.test_dataloader()
-    input_shape = tuple(entry["data"]["input_shape"])
+    input_shape = tuple((entry.get("data") or {}).get("input_shape") or ())
+    data = _data(entry["config"], settings, path, input_shape)
+    try:
+        loader = data.val_dataloader() if settings.split == "val" else data.test_dataloader()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the data cannot be loaded: {error}") from error
     report: dict[str, Any] = {
         "verified": False,
         "refusal": None,
@@ -105,6 +110,8 @@ def deploy(
         report["refusal"] = str(error)
         if isinstance(error, FoldMismatchError) and error.equivalence is not None:
             _report_proof(report, error.equivalence)
+    if report["refusal"] and (directory / "model.json").exists():
+        directory = directory.with_name(f"{directory.name}.refused")  # the verified model stays
     with _staged(directory) as stage:
         if artifact is not None:
             save_deployed(
@@ -215,19 +222,26 @@ def _report_evaluation(report: dict[str, Any], evaluation: Evaluation) -> None:
     report["changed"] = [{**asdict(s), "tie": s.is_tie} for s in evaluation.changed]
 
 
-def _data(config: dict[str, Any], settings: Settings, path: Path) -> Any:
+def _data(
+    config: dict[str, Any], settings: Settings, path: Path, shape: Sequence[int]
+) -> ImageDataModule:
     """Return the data module of the run; only repnet's own data sets are built from a file."""
-    spec = dict(config.get("data") or {})
+    spec = dict(config["data"]) if isinstance(config.get("data"), dict) else {}
     for unneeded in ("augment", "download"):  # training only; nothing is fetched on a file's word
         spec.pop(unneeded, None)
     spec |= {key: value for key, value in settings.data.items() if value is not None}
     try:
         data = build(spec, allowed=("repnet.data", *settings.trust))
-    except InputError as error:
+    except Exception as error:  # the arguments came out of the file too, and may be anything
         raise InputError(f"{path}: {error}") from error
+    if not isinstance(data, ImageDataModule):
+        raise InputError(f"{path}: its 'data' entry does not describe a data set")
     data.setup()
-    if settings.split not in ("test", "val"):
-        raise InputError(f"split='{settings.split}' is unknown; choose test or val")
+    if list(data.input_shape) != list(shape):
+        raise InputError(
+            f"{path}: the network was trained on images of {list(shape)}, the data "
+            f"set has {list(data.input_shape)}"
+        )
     return data
 
 
@@ -275,12 +289,26 @@ def _hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def _check_settings(settings: Settings) -> None:
+    if settings.split not in ("test", "val"):
+        raise InputError(f"split='{settings.split}' is unknown; choose test or val")
+    if min(settings.latency_runs, settings.latency_batch) < 1:
+        raise InputError("latency.runs and latency.batch must be at least 1")
+    if not settings.tolerance >= 0:
+        raise InputError(f"deploy.tolerance={settings.tolerance} must be 0 or more")
+
+
 def _check_target(directory: Path, overwrite: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"'{directory}' is a file; choose another hydra.run.dir")
     held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    refusal = {"report.json", "report.html"}  # of an earlier refusal: nothing to lose
-    if held and not held <= refusal and not overwrite:
+    reports = {"report.json", "report.html"}  # of an earlier refusal: nothing to lose
+    if foreign := sorted(held - reports - {"model.safetensors", "model.json"}):
+        raise InputError(
+            f"'{directory}' holds '{foreign[0]}', which no deployment wrote and none may replace; "
+            "choose another hydra.run.dir"
+        )
+    if held - reports and not overwrite:
         raise InputError(
             f"'{directory}' is not empty; replace it with deploy.overwrite=true, or choose another "
             "hydra.run.dir"

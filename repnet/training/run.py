@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import platform
@@ -28,7 +29,7 @@ from repnet.callbacks import (
     SaveOnInterrupt,
     StopOnNonFiniteLoss,
 )
-from repnet.checkpoint import describe
+from repnet.checkpoint import describe, load_network, read_checkpoint
 from repnet.complexity import count_parameters
 from repnet.errors import InputError
 from repnet.files import write_text
@@ -45,7 +46,8 @@ RESUME_PACKAGES = (
     "torch.nn.modules.loss",
     "torchvision.transforms.v2",
     "pytorch_lightning.trainer",
-    "pytorch_lightning.loggers",
+    "pytorch_lightning.loggers.csv_logs",
+    "pytorch_lightning.loggers.tensorboard",
 )
 
 
@@ -87,10 +89,16 @@ def train(
             "another hydra.run.dir"
         )
     pl.seed_everything(config["seed"], workers=True, verbose=False)
+    if resume:
+        config = _confined(config, directory)
     data = build(config["data"], allowed=allowed)
     data.setup()
     config = {**config, "model": complete_model(config, data, allowed)}
     model = build(config["model"], allowed=allowed)
+    previous_seconds = 0.0
+    if resume:  # before anything is written: the checkpoint is whole, and fits the config
+        load_network(model, read_checkpoint(last), last)
+        previous_seconds = _previous_seconds(directory)
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
         trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
@@ -106,10 +114,10 @@ def train(
     callbacks: list[pl.Callback] = [
         CheckpointEntry(describe(config, data.describe())),
         StopOnNonFiniteLoss(),
-        SaveOnInterrupt(last),
         history,
         best,
         _MovableCheckpoint(**save, filename="last"),
+        SaveOnInterrupt(last),
     ]
     if sys.stdout.isatty():
         callbacks.append(RichProgressBar())
@@ -154,11 +162,12 @@ def train(
     )
     score = best.best_model_score
     return {
-        "test": {key.removeprefix("test/"): value for key, value in tested[0].items()},
-        "val": {"top1": None if score is None else float(score)},
+        # torchmetrics counts in float32
+        "test": {key.removeprefix("test/"): round(value, 6) for key, value in tested[0].items()},
+        "val": {"top1": None if score is None else round(float(score), 6)},
         "best_checkpoint": chosen,
         "images_per_second": history.images_per_second,
-        "wall_seconds": time.perf_counter() - started,
+        "wall_seconds": previous_seconds + time.perf_counter() - started,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seed": config["seed"],
@@ -199,6 +208,25 @@ def complete_model(
     return spec
 
 
+def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Return a config that came out of a file so that it writes to `directory` only."""
+    data = {key: value for key, value in config["data"].items() if key != "download"}
+    logger = config.get("logger")
+    if logger:
+        names = {key: Path(str(logger.get(key) or "")).name for key in ("name", "version")}
+        logger = {"_target_": logger.get("_target_"), "save_dir": str(directory), **names}
+    trainer = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
+    return {**config, "data": data, "logger": logger, "trainer": trainer}
+
+
+def _previous_seconds(directory: Path) -> float:
+    """Return the wall time of a run that had finished before it is resumed, else 0."""
+    path = directory / "result.json"
+    if not path.exists():
+        return 0.0
+    return float(json.loads(path.read_text(encoding="utf-8")).get("wall_seconds") or 0)
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core")
@@ -209,18 +237,22 @@ def versions() -> dict[str, str]:
     }
 
 
+_PATHS = ("best_model_path", "kth_best_model_path")
+
+
 class _MovableCheckpoint(ModelCheckpoint):
-    """Keeps its best score when the run directory was moved or copied before it is resumed."""
+    """Takes scores from a checkpoint, but never a path: the files are those of this directory.
+
+    So a run that was moved keeps its best score, and a crafted one cannot have files deleted.
+    """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        old, new = str(state_dict["dirpath"]), str(self.dirpath)
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {moved(k): moved(v) for k, v in value.items()}
-            return value.replace(old, new, 1) if isinstance(value, str) else value
-
-        super().load_state_dict(moved(state_dict))
+        own = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
+        kept = {key: own if state_dict.get(key) else "" for key in _PATHS}
+        scores = list(state_dict["best_k_models"].values())
+        best = {own: scores[0]} if scores else {}
+        moved = {**state_dict, **kept, "dirpath": self.dirpath, "best_k_models": best}
+        super().load_state_dict({**moved, "last_model_path": ""})
 
 
 def _uninterrupted(trainer: pl.Trainer, call: Any) -> Any:
