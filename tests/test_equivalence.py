@@ -298,3 +298,15 @@ def test_each_model_gets_the_batch_as_it_was(x: Tensor) -> None:
     before = x.clone()
     assert compare(Normalizing(), Normalizing(), x).max_error == 0
     torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+class Detector(nn.Module):
+    """Returns boxes of one image, here none, as detectors do where they find nothing."""
+
+    def forward(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        return [{"boxes": x.new_zeros(0, 4), "scores": x.new_zeros(0)}]
+
+
+def test_outputs_may_be_empty():
+    result = compare(Detector(), Detector(), torch.zeros(1, 3, 8, 8))
+    assert (result.samples, result.agreement, result.max_relative_error) == (1, 1, 0)

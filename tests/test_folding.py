@@ -637,3 +637,26 @@ def test_a_deep_net_with_wild_statistics_passes_in_float64() -> None:
     assert report.proof is not None
     assert report.proof.agreement == 1
     assert len(report.proof.blocks) == 22
+
+
+class Remembering(nn.Module):
+    """Keeps a tensor of its first call in a plain attribute, as attention biases are cached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = conv_bn(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x).relu().mean((2, 3))
+        self.kept.setdefault("mask", torch.ones(4, 4, dtype=x.dtype))
+        return self.head(x @ self.kept["mask"])
+
+
+def test_what_the_proof_run_keeps_aside_does_not_stay_in_the_result():
+    model = randomize_batch_norm(Remembering())
+    x = torch.randn(2, 4, 9, 8)
+    folded = reparameterize(model, x)
+    assert not model.kept
+    assert relative_error(model(x), folded(x)) < 1e-5
