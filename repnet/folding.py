@@ -139,7 +139,7 @@ class _Surgery:
     def __init__(self, reference: nn.Module, inputs: Inputs) -> None:
         self.report = FoldReport()
         model = deepcopy(reference)
-        # The copy itself is never run: what forward keeps aside would stay in it, in float64.
+        # The copy itself is never run, only twins of it: what a forward keeps aside would stay.
         observed = _observe(_twin(reference), inputs, list(model.modules()))
         self.shapes, self.costs, self.calls = observed
         self.names = Counter(
@@ -155,7 +155,7 @@ class _Surgery:
         for m in self.hooks:
             m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
         self.model = self._fold(model, "")
-        for chain in list(find_chains(self.model)):
+        for chain in find_chains(_twin(self.model)):
             self._fold_chain(chain)
         for m, (hooks, pre_hooks) in self.hooks.items():
             m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
@@ -198,7 +198,7 @@ class _Surgery:
             raise NotAffineError("it was not run, or not from one 4-D tensor to another")
         self._refuse_hooks(module, name)
         (channels, positions), (_, out_positions) = shapes
-        kernel = kernel_of(module, channels)
+        kernel = kernel_of(_twin(module), channels)
         cost = sum(self.costs.get(id(m), 0) for m in module.modules())
         if not cost:
             raise NotAffineError("it holds no convolution, and norms alone never become one")
