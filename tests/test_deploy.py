@@ -250,6 +250,10 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         "best.ckpt",
     ),
     "no data set": (spec("data", lambda m: [1]), "does not describe a data set"),
+    "an abstract data set": (
+        spec("data", lambda m: {"_target_": "repnet.data.ImageDataModule", "mean": [], "std": []}),
+        "abstract",
+    ),
     "a function for data": (
         spec("data", lambda m: {"_target_": "repnet.data.base.split_indices", "n": 4,
                                 "held_out": 2}),

@@ -53,9 +53,8 @@ def job(cfg: DictConfig) -> None:
     )
     try:
         report = deploy(cfg.ckpt, directory, settings)
-    except Exception:
+    finally:
         command.remove_if_empty(directory)
-        raise
     _summarize(report, directory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ Augment = Callable[[Tensor], Tensor]
 Splits = tuple[Dataset[Any], Dataset[Any], Dataset[Any]]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(LightningDataModule, ABC):
     """Three splits of labelled images, each with its loader.
 
     A subclass implements `load`. After `setup`, `class_names` and `input_shape` are known.
@@ -48,9 +49,9 @@ class ImageDataModule(LightningDataModule):
         self.augment = list(augment)
         self.splits: Splits | None = None
 
+    @abstractmethod
     def load(self) -> Splits:
         """Return the train, validation and test split, and set `class_names` and `input_shape`."""
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,9 +77,9 @@ class _TorchvisionImages(ImageDataModule):
         return self.dataset(self.root, train=train, download=self.download)
 
     @staticmethod
+    @abstractmethod
     def as_images(data: Any) -> Tensor:
         """Return torchvision's array as uint8 `(n, channels, height, width)`."""
-        raise NotImplementedError
 
 
 class MNIST(_TorchvisionImages):
