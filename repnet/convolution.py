@@ -8,6 +8,20 @@ import torch
 from torch import nn
 
 from repnet.kernel import ConvKernel, NotFoldableError
+from repnet.symbolic import transpose_weight
+
+CONVOLUTIONS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: tuple[Any, ...] = (None, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PADS: tuple[Any, ...] = (None, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+Layer = (
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
+)
 
 
 def as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
@@ -16,42 +30,14 @@ def as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
     Raises:
         NotFoldableError: torch has no such layer.
     """
-    (top, bottom), (left, right) = kernel.padding
-    settings: dict[str, Any] = {
-        "in_channels": kernel.in_channels,
-        "out_channels": kernel.out_channels,
-        "kernel_size": kernel.kernel_size,
-        "dilation": kernel.dilation,
-        "groups": kernel.groups,
-        "bias": kernel.bias is not None,
-        "device": "meta",
-    }
     layer: nn.Module
-    conv: nn.Conv2d | nn.ConvTranspose2d
-    weight = kernel.weight
-    if kernel.upsample == (1, 1):
-        if (top, left) == (bottom, right) and min(top, left) >= 0:
-            layer = conv = nn.Conv2d(**settings, stride=kernel.stride, padding=(top, left))
-        else:
-            conv = nn.Conv2d(**settings, stride=kernel.stride)
-            layer = nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)
+    if kernel.axes == 0:
+        layer = _linear(kernel)
+    elif max(kernel.upsample) == 1:
+        layer = _convolution(kernel)
     else:
-        reach = [d * (k - 1) for d, k in zip(kernel.dilation, kernel.kernel_size, strict=True)]
-        padding = (reach[0] - top, reach[1] - left)
-        output_padding = (bottom - top, right - left)
-        limits = [max(s, d) for s, d in zip(kernel.upsample, kernel.dilation, strict=True)]
-        if (
-            kernel.stride != (1, 1)
-            or min(*padding, *output_padding) < 0
-            or any(o >= limit for o, limit in zip(output_padding, limits, strict=True))
-        ):
-            raise NotFoldableError(
-                "torch has no transposed convolution with this stride and padding"
-            )
-        layer = conv = nn.ConvTranspose2d(
-            **settings, stride=kernel.upsample, padding=padding, output_padding=output_padding
-        )
-        weight = weight.unflatten(0, (kernel.groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+        layer = _transposed(kernel)
+    *_, conv = layer.modules()
     trainable = any(p.requires_grad for p in like.parameters())
     memory_format = torch.contiguous_format
     if any(
@@ -59,8 +45,59 @@ def as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
         for p in like.parameters()
     ):
         memory_format = torch.channels_last
+    weight = kernel.weight
+    if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        weight = transpose_weight(weight, kernel.groups)
+    if weight.ndim != 4:
+        memory_format = torch.contiguous_format
     weight = weight.detach().contiguous(memory_format=memory_format)
     conv.weight = nn.Parameter(weight, requires_grad=trainable)
     if kernel.bias is not None:
         conv.bias = nn.Parameter(kernel.bias.detach(), requires_grad=trainable)
     return layer.eval()
+
+
+def _settings(kernel: ConvKernel) -> dict[str, Any]:
+    return {
+        "in_channels": kernel.in_channels,
+        "out_channels": kernel.out_channels,
+        "kernel_size": kernel.kernel_size,
+        "stride": kernel.stride,
+        "dilation": kernel.dilation,
+        "groups": kernel.groups,
+        "bias": kernel.bias is not None,
+        "device": "meta",
+    }
+
+
+def _linear(kernel: ConvKernel) -> nn.Module:
+    if kernel.groups > 1:
+        raise NotFoldableError("torch has no linear layer with groups")
+    bias = kernel.bias is not None
+    return nn.Linear(kernel.in_channels, kernel.out_channels, bias=bias, device="meta")
+
+
+def _convolution(kernel: ConvKernel) -> nn.Module:
+    convolution, pad = CONVOLUTIONS[kernel.axes], PADS[kernel.axes]
+    befores = tuple(before for before, _ in kernel.padding)
+    if all(before == after >= 0 for before, after in kernel.padding):
+        return convolution(**_settings(kernel), padding=befores)
+    sides = tuple(side for sides in reversed(kernel.padding) for side in sides)
+    return nn.Sequential(pad(sides), convolution(**_settings(kernel)))
+
+
+def _transposed(kernel: ConvKernel) -> nn.Module:
+    padding, output_padding = [], []
+    for axis, (before, after) in enumerate(kernel.padding):
+        padding.append(kernel.dilation[axis] * (kernel.kernel_size[axis] - 1) - before)
+        output_padding.append(after - before)
+    limits = [max(s, d) for s, d in zip(kernel.upsample, kernel.dilation, strict=True)]
+    if (
+        max(kernel.stride) > 1
+        or min(*padding, *output_padding) < 0
+        or any(extra >= limit for extra, limit in zip(output_padding, limits, strict=True))
+    ):
+        raise NotFoldableError("torch has no transposed convolution with this stride and padding")
+    settings = {**_settings(kernel), "stride": kernel.upsample}
+    transposed = TRANSPOSED[kernel.axes]
+    return transposed(**settings, padding=tuple(padding), output_padding=tuple(output_padding))

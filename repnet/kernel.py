@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import gcd
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Pair = tuple[int, int]
+Sizes = tuple[int, ...]
+CONVOLUTIONS = (None, functional.conv1d, functional.conv2d, functional.conv3d)
+TRANSPOSED = (
+    None,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
 
 
 class NotFoldableError(ValueError):
@@ -24,21 +32,23 @@ class NotAffineError(NotFoldableError):
 
 @dataclass(frozen=True, eq=False)
 class ConvKernel:
-    """The map `x -> conv2d(pad(upsample(x)), weight, stride, dilation, groups) + bias`.
+    """The map `x -> conv(pad(upsample(x)), weight, stride, dilation, groups) + bias`.
 
-    `upsample` puts `upsample - 1` zeros between neighbouring samples (the stride of a transposed
-    convolution). A negative padding crops. Instances are values: laws return new ones, and every
-    law is differentiable in `weight` and `bias`.
+    There are as many spatial axes as `weight` has: 2 for images, 1 and 3 for sequences and
+    volumes, none for the features of a linear layer. `upsample` puts `upsample - 1` zeros between
+    neighbouring samples (the stride of a transposed convolution). A negative padding crops.
+    Instances are values: laws return new ones, and every law is differentiable in `weight` and
+    `bias`.
 
     A kernel may be handed to a module in place of an input: each torch function that is affine
     and shift-invariant then returns the next kernel, every other one raises `NotFoldableError`
     (the rules stand in `repnet.symbolic`).
 
     Args:
-        weight: `(out, in / groups, kernel height, kernel width)`.
+        weight: `(out, in / groups, kernel height, kernel width)`, with as many sizes as axes.
         bias: `(out,)`, or None where it is structurally zero, which matters at borders. Weight
             and bias are held in the higher of their dtypes.
-        stride: `(vertical, horizontal)`, like every pair here.
+        stride: `(vertical, horizontal)`; here and below, empty means 1, or 0 for padding.
         padding: zeros around the (upsampled) input, `((top, bottom), (left, right))`.
         dilation: lattice step of the taps.
         upsample: 1 for an ordinary convolution.
@@ -50,15 +60,20 @@ class ConvKernel:
 
     weight: Tensor
     bias: Tensor | None = None
-    stride: Pair = (1, 1)
-    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
-    dilation: Pair = (1, 1)
-    upsample: Pair = (1, 1)
+    stride: Sizes = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: Sizes = ()
+    upsample: Sizes = ()
     groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.weight.ndim != 4:
-            raise ValueError(f"weight must be 4-D, got shape {tuple(self.weight.shape)}")
+        if not 2 <= self.weight.ndim <= 5:
+            raise ValueError(f"weight must be 2-D to 5-D, got shape {tuple(self.weight.shape)}")
+        for name, default in (("stride", 1), ("padding", (0, 0)), ("dilation", 1), ("upsample", 1)):
+            values = tuple(getattr(self, name)) or (default,) * self.axes
+            if len(values) != self.axes:
+                raise ValueError(f"{name} must have {self.axes} entries, got {values}")
+            object.__setattr__(self, name, values)
         if self.bias is not None and self.bias.shape != (self.out_channels,):
             raise ValueError(
                 f"bias must have shape ({self.out_channels},), got {tuple(self.bias.shape)}"
@@ -69,7 +84,7 @@ class ConvKernel:
             object.__setattr__(self, "bias", self.bias.to(dtype))
         if self.groups < 1 or self.out_channels % self.groups:
             raise ValueError(f"groups={self.groups} must divide {self.out_channels} channels")
-        if min(*self.stride, *self.dilation, *self.upsample) < 1:
+        if min((1, *self.stride, *self.dilation, *self.upsample)) < 1:
             raise ValueError("stride, dilation and upsample must be positive")
 
     @classmethod
@@ -77,11 +92,18 @@ class ConvKernel:
         cls,
         channels: int,
         *,
+        axes: int = 2,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ConvKernel:
         """Return `x -> x`: a pointwise kernel with one group per channel, `(channels, 1, 1, 1)`."""
-        return cls(torch.ones(channels, 1, 1, 1, dtype=dtype, device=device), groups=channels)
+        weight = torch.ones(channels, 1, *(1,) * axes, dtype=dtype, device=device)
+        return cls(weight, groups=channels)
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return self.weight.ndim - 2
 
     @property
     def in_channels(self) -> int:
@@ -92,12 +114,12 @@ class ConvKernel:
         return self.weight.shape[0]
 
     @property
-    def kernel_size(self) -> Pair:
-        return self.weight.shape[2], self.weight.shape[3]
+    def kernel_size(self) -> Sizes:
+        return tuple(self.weight.shape[2:])
 
     @property
     def is_pointwise(self) -> bool:
-        return self.kernel_size == (1, 1)
+        return self.weight.shape[2:].numel() == 1
 
     @property
     def is_channelwise(self) -> bool:
@@ -105,25 +127,30 @@ class ConvKernel:
         return (
             self.is_pointwise
             and self.groups == self.in_channels == self.out_channels
-            and self.stride == self.upsample == (1, 1)
-            and self.padding == ((0, 0), (0, 0))
+            and max((1, *self.stride, *self.upsample)) == 1
+            and all(side == (0, 0) for side in self.padding)
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the map to `x`, `(batch, in, height, width)` -> `(batch, out, height', width')`."""
-        (up_h, up_w), ((top, bottom), (left, right)) = self.upsample, self.padding
-        if self.upsample != (1, 1):
-            batch, channels, height, width = x.shape
-            spread = x.new_zeros(batch, channels, up_h * (height - 1) + 1, up_w * (width - 1) + 1)
-            spread[:, :, ::up_h, ::up_w] = x
+        if self.axes == 0:
+            grouped = x.unflatten(1, (self.groups, -1))  # (batch, groups, in / groups)
+            weight = self.weight.unflatten(0, (self.groups, -1))
+            product = torch.einsum("bgi,goi->bgo", grouped, weight).flatten(1)
+            return product if self.bias is None else product + self.bias
+        if max(self.upsample) > 1:
+            sizes = [u * (n - 1) + 1 for u, n in zip(self.upsample, x.shape[2:], strict=True)]
+            spread = x.new_zeros(*x.shape[:2], *sizes)
+            samples = [slice(None, None, step) for step in self.upsample]
+            spread[(slice(None), slice(None), *samples)] = x
             x = spread
-        if (top, left) == (bottom, right) and min(top, left) >= 0:
-            padding = (top, left)
-        else:
-            x, padding = functional.pad(x, (left, right, top, bottom)), (0, 0)
-        return functional.conv2d(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        padding = [before for before, _ in self.padding]
+        if any(before != after or before < 0 for before, after in self.padding):
+            x = functional.pad(x, [side for sides in reversed(self.padding) for side in sides])
+            padding = [0] * self.axes
+        convolve = CONVOLUTIONS[self.axes]
+        assert convolve is not None
+        return convolve(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def with_groups(self, groups: int) -> ConvKernel:
         """Return the same map written with fewer groups: the blocks stand on a zero matrix.
@@ -139,13 +166,12 @@ class ConvKernel:
         if groups < 1 or self.groups % groups:
             raise ValueError(f"a kernel of {self.groups} groups cannot be written with {groups}")
         parts = self.groups // groups
-        height, width = self.kernel_size
         # (groups, parts, out / old groups, in / old groups, kh, kw)
-        blocks = self.weight.reshape(groups, parts, -1, self.weight.shape[1], height, width)
+        blocks = self.weight.reshape(groups, parts, -1, *self.weight.shape[1:])
         weight = blocks.new_zeros(groups, parts, blocks.shape[2], parts, *blocks.shape[3:])
         part = torch.arange(parts, device=weight.device)
         weight[:, part, :, part] = blocks.transpose(0, 1)
-        weight = weight.reshape(self.out_channels, self.in_channels // groups, height, width)
+        weight = weight.reshape(self.out_channels, self.in_channels // groups, *self.kernel_size)
         return replace(self, weight=weight, groups=groups)
 
     def then(self, other: ConvKernel) -> ConvKernel:
@@ -165,10 +191,14 @@ class ConvKernel:
             raise ValueError(
                 f"{self.out_channels} channels cannot enter a kernel of {other.in_channels}"
             )
+        if self.axes != other.axes:
+            raise NotFoldableError(
+                f"a map over {self.axes} spatial axes enters one over {other.axes}"
+            )
         self._check_border(other)
         stride, padding, dilation, upsample = [], [], [], []
-        taps: list[Pair] = []  # lattice steps between the taps of self, of other
-        for axis in range(2):
+        taps: list[tuple[int, int]] = []  # lattice steps between the taps of self, of other
+        for axis in range(self.axes):
             (before, after), (extra_before, extra_after) = self.padding[axis], other.padding[axis]
             step = self.stride[axis] * other.dilation[axis]
             own = self.dilation[axis] if self.kernel_size[axis] > 1 else 0
@@ -190,17 +220,17 @@ class ConvKernel:
         return ConvKernel(
             weight,
             _add_optional(other.bias, _through(other, self.bias)),
-            stride=(stride[0], stride[1]),
-            padding=(padding[0], padding[1]),
-            dilation=(dilation[0], dilation[1]),
-            upsample=(upsample[0], upsample[1]),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            upsample=tuple(upsample),
             groups=groups,
         )
 
     def _check_border(self, other: ConvKernel) -> None:
         """Raise unless zeros that `other` inserts into the output of `self` are its zeros too."""
-        padded = max(max(side) for side in other.padding) > 0
-        upsampled = other.upsample != (1, 1)
+        padded = any(max(side) > 0 for side in other.padding)
+        upsampled = any(step > 1 for step in other.upsample)
         if not (padded or upsampled):
             return
         inserts = "pads its input with zeros" if padded else "inserts zeros between its samples"
@@ -214,7 +244,7 @@ class ConvKernel:
                 f"the second map {inserts}, but the first is a {_size(self)} kernel, which at the "
                 "border also reads samples; move all padding into the first map"
             )
-        for axis in range(2):
+        for axis in range(self.axes):
             crops = zip(self.padding[axis], other.padding[axis], strict=True)
             if any(own < 0 < added for own, added in crops):
                 raise NotFoldableError(
@@ -262,7 +292,7 @@ class ConvKernel:
 
     @property
     def ndim(self) -> int:
-        return 4
+        return self.weight.ndim
 
     def __add__(self, other: Any) -> Any:
         return self._call(torch.add, other)
@@ -321,11 +351,20 @@ def add(kernels: Sequence[ConvKernel]) -> ConvKernel:
             + ", ".join(f"{k.in_channels} -> {k.out_channels}" for k in kernels)
         )
     groups = gcd(*(k.groups for k in kernels))
-    aligned = _align([k.with_groups(groups) for k in kernels])
-    weight, bias = aligned[0].weight, aligned[0].bias
-    for kernel in aligned[1:]:
-        weight, bias = weight + kernel.weight, _add_optional(bias, kernel.bias)
-    return replace(aligned[0], weight=weight, bias=bias)
+    kernels = [k.with_groups(groups) for k in kernels]
+    geometry, size, places = _align(kernels)
+    dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
+    first = next((k for k in kernels if k.kernel_size == size), None)
+    if first is None:
+        weight = kernels[0].weight.new_zeros(*kernels[0].weight.shape[:2], *size, dtype=dtype)
+    else:
+        weight = first.weight.to(dtype, copy=True)
+    bias = None
+    for kernel, place in zip(kernels, places, strict=True):
+        if kernel is not first:
+            weight[place] += kernel.weight
+        bias = _add_optional(bias, kernel.bias)
+    return replace(geometry, weight=weight, bias=bias)
 
 
 def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
@@ -339,14 +378,18 @@ def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
     """
     if len({k.in_channels for k in kernels}) > 1:
         raise NotFoldableError("the concatenated kernels differ in input channels")
-    aligned = _align([k.with_groups(1) for k in kernels])
-    bias = None
-    if any(k.bias is not None for k in aligned):
-        zeros = [k.weight.new_zeros(k.out_channels) for k in aligned]
-        bias = torch.cat(
-            [z if k.bias is None else k.bias for k, z in zip(aligned, zeros, strict=True)]
-        )
-    return replace(aligned[0], weight=torch.cat([k.weight for k in aligned]), bias=bias)
+    kernels = [k.with_groups(1) for k in kernels]
+    geometry, size, places = _align(kernels)
+    weights, biases = [], []
+    for kernel, place in zip(kernels, places, strict=True):
+        weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size)
+        weight[place] = kernel.weight
+        weights.append(weight)
+        zero = kernel.weight.new_zeros(kernel.out_channels)
+        biases.append(zero if kernel.bias is None else kernel.bias)
+    structural = all(kernel.bias is None for kernel in kernels)
+    bias = None if structural else torch.cat(biases)
+    return replace(geometry, weight=torch.cat(weights), bias=bias)
 
 
 def select(kernel: ConvKernel, start: int, stop: int) -> ConvKernel:
@@ -356,17 +399,25 @@ def select(kernel: ConvKernel, start: int, stop: int) -> ConvKernel:
     return replace(dense, weight=dense.weight[start:stop], bias=bias)
 
 
-def _align(kernels: Sequence[ConvKernel]) -> list[ConvKernel]:
-    """Write all kernels with the same dilation, padding and kernel size, filling with zeros."""
+def _align(
+    kernels: Sequence[ConvKernel],
+) -> tuple[ConvKernel, Sizes, list[tuple[slice, ...]]]:
+    """Put all kernels on one lattice.
+
+    Returns:
+        A kernel with the common geometry, the common kernel size, and where in a weight of that
+        size the taps of each kernel lie.
+    """
     first = kernels[0]
-    for name in ("stride", "upsample"):
+    for name in ("stride", "upsample", "axes"):
         if len(values := sorted({getattr(k, name) for k in kernels})) > 1:
             listing = " and ".join(str(v) for v in values)
             raise NotFoldableError(
                 f"{name} {listing} in one sum or concatenation: the parts read different lattices"
             )
     dilation, padding, size = [], [], []
-    for axis in range(2):
+    places: list[list[slice]] = [[slice(None), slice(None)] for _ in kernels]
+    for axis in range(first.axes):
         # output size = floor((upsampled size - 1 + growth) / stride) + 1
         reach = [k.dilation[axis] * (k.kernel_size[axis] - 1) for k in kernels]
         growths = {sum(k.padding[axis]) - r for k, r in zip(kernels, reach, strict=True)}
@@ -383,27 +434,15 @@ def _align(kernels: Sequence[ConvKernel]) -> list[ConvKernel]:
         dilation.append(step)
         padding.append((before, growths.pop() + extent - before))
         size.append(extent // step + 1)
-    geometry = replace(first, padding=(padding[0], padding[1]), dilation=(dilation[0], dilation[1]))
-    return [_place(k, geometry, (size[0], size[1])) for k in kernels]
-
-
-def _place(kernel: ConvKernel, geometry: ConvKernel, size: Pair) -> ConvKernel:
-    """Write `kernel` on a lattice of `size` taps with the padding and dilation of `geometry`."""
-    if kernel.kernel_size == size:
-        weight = kernel.weight
-    else:
-        where = []
-        for axis in range(2):
-            step = geometry.dilation[axis]
-            start = (geometry.padding[axis][0] - kernel.padding[axis][0]) // step
+        for kernel, place in zip(kernels, places, strict=True):
+            start = (before - kernel.padding[axis][0]) // step
             hop = max(1, kernel.dilation[axis] // step)
-            where.append(slice(start, start + hop * (kernel.kernel_size[axis] - 1) + 1, hop))
-        weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size)
-        weight[:, :, where[0], where[1]] = kernel.weight
-    return replace(kernel, weight=weight, padding=geometry.padding, dilation=geometry.dilation)
+            place.append(slice(start, start + hop * (kernel.kernel_size[axis] - 1) + 1, hop))
+    geometry = replace(first, padding=tuple(padding), dilation=tuple(dilation))
+    return geometry, tuple(size), [tuple(place) for place in places]
 
 
-def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[Pair]) -> Tensor:
+def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[tuple[int, int]]) -> Tensor:
     """Return the weight of `first.then(second)`, `(out, in / groups, kh, kw)`.
 
     Args:
@@ -412,34 +451,37 @@ def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[Pair]) -> Tenso
         taps: per axis, the lattice steps between the taps of `first` and of `second`.
     """
     dtype = torch.promote_types(first.dtype, second.dtype)
-    groups = first.groups
-    height, width = second.kernel_size
+    groups, axes = first.groups, first.axes
     # The output channels of each group are the batch: (out / groups, middle, kh, kw).
-    outputs = second.weight.reshape(groups, -1, second.weight.shape[1], height, width)
-    outputs = outputs.transpose(0, 1).reshape(-1, first.out_channels, height, width)
-    merged = functional.conv_transpose2d(
+    outputs = second.weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+    inputs = first.weight
+    if axes == 0:  # a matrix product is the convolution of one sample
+        outputs, inputs, taps = outputs.unsqueeze(-1), inputs.unsqueeze(-1), [(1, 1)]
+    convolve = TRANSPOSED[inputs.ndim - 2]
+    assert convolve is not None
+    merged = convolve(
         outputs.to(dtype),
-        first.weight.to(dtype),
+        inputs.to(dtype),
         stride=[step for _, step in taps],
         dilation=[step for step, _ in taps],
         groups=groups,
     )
-    height, width = merged.shape[2:]
-    merged = merged.reshape(-1, groups, first.weight.shape[1], height, width).transpose(0, 1)
-    return merged.reshape(second.out_channels, -1, height, width)
+    merged = merged.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    return merged.squeeze(-1) if axes == 0 else merged
 
 
 def _scale_inputs(kernel: ConvKernel, scale: Tensor) -> Tensor:
     """Return the weight of `kernel` with input channel i multiplied by `scale[i]`."""
     grouped = kernel.weight.unflatten(0, (kernel.groups, -1))  # (groups, out / groups, in / g, ...)
-    return (grouped * scale.reshape(kernel.groups, 1, -1, 1, 1)).flatten(0, 1)
+    scale = scale.reshape(kernel.groups, 1, -1, *(1,) * kernel.axes)
+    return (grouped * scale).flatten(0, 1)
 
 
 def _through(kernel: ConvKernel, constant: Tensor | None) -> Tensor | None:
     """Return what `kernel` adds to its output when `constant`, `(in,)`, is added to its input."""
     if constant is None:
         return None
-    return _scale_inputs(kernel, constant).sum(dim=(1, 2, 3))
+    return _scale_inputs(kernel, constant).flatten(1).sum(1)
 
 
 def _add_optional(first: Tensor | None, second: Tensor | None) -> Tensor | None:

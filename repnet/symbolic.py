@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, Pair, add, concat, select
+from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, Sizes, add, concat, select
 
 
-def kernel_of(module: nn.Module, in_channels: int) -> ConvKernel:
+def kernel_of(
+    module: nn.Module, in_channels: int, *, axes: int = 2, dtype: torch.dtype | None = None
+) -> ConvKernel:
     """Return the one convolution that `module` computes in evaluation.
 
     `module(ConvKernel.identity(in_channels))`: what `forward` does to the kernel is its fold, so
@@ -25,6 +28,8 @@ def kernel_of(module: nn.Module, in_channels: int) -> ConvKernel:
     Args:
         module: takes and returns one `(batch, channels, height, width)` tensor.
         in_channels: channels of its input.
+        axes: spatial axes of its input: 0 of a linear layer, 1 of a sequence, 3 of a volume.
+        dtype: what to fold in, where it is more precise than the module's; None for the module's.
 
     Raises:
         NotAffineError: forward does something that has no rule, or that a kernel cannot follow.
@@ -35,8 +40,9 @@ def kernel_of(module: nn.Module, in_channels: int) -> ConvKernel:
         torch.Size([8, 3, 3, 3])
     """
     tensors = [t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()]
-    like = _exact(tensors[0]) if tensors else torch.empty(0)
-    identity = ConvKernel.identity(in_channels, dtype=like.dtype, device=like.device)
+    like = tensors[0] if tensors else torch.empty(0)
+    exact = torch.promote_types(_exact_dtype(like.dtype), dtype or like.dtype)
+    identity = ConvKernel.identity(in_channels, axes=axes, dtype=exact, device=like.device)
     try:
         with evaluating(module):
             kernel = module(identity)
@@ -85,24 +91,30 @@ def _convolve(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> ConvKernel:
-    dilations = _pair(dilation)
-    sides: list[Pair]
+    axes = weight.ndim - 2
+    dilations = _sizes(dilation, axes)
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
-        sides = [(p, p) for p in _pair(0 if isinstance(padding, str) else padding)]
+        sides = [(p, p) for p in _sizes(0 if isinstance(padding, str) else padding, axes)]
     return _then(
         x,
         ConvKernel(
-            _exact(weight),
-            _exact(bias),
-            stride=_pair(stride),
-            padding=(sides[0], sides[1]),
+            _exact(weight, x),
+            _exact(bias, x),
+            stride=_sizes(stride, axes),
+            padding=tuple(sides),
             dilation=dilations,
             groups=groups,
         ),
     )
+
+
+def _linear(x: ConvKernel, weight: Tensor, bias: Tensor | None = None) -> ConvKernel:
+    if x.axes:
+        raise NotFoldableError("a linear layer mixes the last axis of its input, not the channels")
+    return _convolve(x, weight, bias)
 
 
 def _convolve_transposed(
@@ -116,23 +128,35 @@ def _convolve_transposed(
     dilation: int | Sequence[int] = 1,
 ) -> ConvKernel:
     """`weight` is `(in, out / groups, kh, kw)`: the adjoint of a convolution, so it is flipped."""
-    dilations, crops, extras = _pair(dilation), _pair(padding), _pair(output_padding)
-    flipped = _exact(weight).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    axes = weight.ndim - 2
+    dilations = _sizes(dilation, axes)
     sides = []
-    for axis in range(2):
-        full = dilations[axis] * (flipped.shape[2 + axis] - 1) - crops[axis]
-        sides.append((full, full + extras[axis]))
+    for size, step, crop, extra in zip(
+        weight.shape[2:],
+        dilations,
+        _sizes(padding, axes),
+        _sizes(output_padding, axes),
+        strict=True,
+    ):
+        full = step * (size - 1) - crop
+        sides.append((full, full + extra))
     return _then(
         x,
         ConvKernel(
-            flipped,
-            _exact(bias),
-            padding=(sides[0], sides[1]),
+            transpose_weight(_exact(weight, x), groups),
+            _exact(bias, x),
+            padding=tuple(sides),
             dilation=dilations,
-            upsample=_pair(stride),
+            upsample=_sizes(stride, axes),
             groups=groups,
         ),
     )
+
+
+def transpose_weight(weight: Tensor, groups: int) -> Tensor:
+    """Return the weight of a transposed convolution as that of a convolution, and back."""
+    blocks = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return blocks.flip(*range(2, weight.ndim))
 
 
 def _batch_norm(
@@ -145,16 +169,16 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> ConvKernel:
-    mean, variance = _exact(running_mean), _exact(running_var)
+    mean, variance = _exact(running_mean, x), _exact(running_var, x)
     if training or mean is None or variance is None:
         raise NotFoldableError(
             "batch_norm without running statistics divides by those of its batch"
         )
     scale = (variance + eps).rsqrt()
     if weight is not None:
-        scale = scale * _exact(weight)
+        scale = scale * _exact(weight, x)
     shift = -mean * scale
-    return _channelwise(x, scale, shift if bias is None else shift + _exact(bias))
+    return _channelwise(x, scale, shift if bias is None else shift + _exact(bias, x))
 
 
 def _average_pool(
@@ -166,24 +190,24 @@ def _average_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> ConvKernel:
-    height, width = _pair(kernel_size)
+    sizes = _sizes(kernel_size, x.axes)
     if ceil_mode:
         raise NotFoldableError(
-            "avg_pool2d with ceil_mode=True averages over fewer samples at the border; "
+            "avg_pool with ceil_mode=True averages over fewer samples at the border; "
             "set ceil_mode=False"
         )
-    if max(_pair(padding)) > 0 and not count_include_pad and divisor_override is None:
+    if max(_sizes(padding, x.axes)) > 0 and not count_include_pad and divisor_override is None:
         raise NotFoldableError(
-            "avg_pool2d with count_include_pad=False weights the border differently; "
+            "avg_pool with count_include_pad=False weights the border differently; "
             "set count_include_pad=True"
         )
     weight = torch.full(
-        (x.out_channels, 1, height, width),
-        1 / (divisor_override or height * width),
+        (x.out_channels, 1, *sizes),
+        1 / (divisor_override or prod(sizes)),
         dtype=x.dtype,
         device=x.device,
     )
-    return _convolve(x, weight, None, stride or (height, width), padding, 1, x.out_channels)
+    return _convolve(x, weight, None, stride or sizes, padding, 1, x.out_channels)
 
 
 def _pad(
@@ -192,11 +216,11 @@ def _pad(
     if mode != "constant" or value:
         kind = f"mode '{mode}'" if mode != "constant" else f"the constant {value}"
         raise NotFoldableError(f"pad with {kind} is not the zero padding of a convolution")
-    if any(pad[4:]):
+    if any(pad[2 * x.axes :]):
         raise NotFoldableError("pad beyond height and width adds channels or samples")
-    left, right, top, bottom = (*pad, 0, 0, 0, 0)[:4]
-    identity = ConvKernel.identity(x.out_channels, dtype=x.dtype, device=x.device)
-    return _then(x, replace(identity, padding=((top, bottom), (left, right))))
+    sides = [*zip(pad[::2], pad[1::2], strict=True), *[(0, 0)] * x.axes][: x.axes]
+    identity = ConvKernel.identity(x.out_channels, axes=x.axes, dtype=x.dtype, device=x.device)
+    return _then(x, replace(identity, padding=tuple(reversed(sides))))
 
 
 def _add(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
@@ -232,15 +256,15 @@ def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> ConvKernel:
 
 
 def _cat(tensors: Sequence[Any], dim: int = 0) -> ConvKernel:
-    if dim not in (1, -3):
-        raise NotFoldableError(f"cat along dim {dim}: only channels, dim 1, can be concatenated")
     if not all(isinstance(t, ConvKernel) for t in tensors):
         raise NotFoldableError("cat with a constant tensor, which has a size and so a border")
+    if dim not in (1, 1 - tensors[0].ndim):
+        raise NotFoldableError(f"cat along dim {dim}: only channels, dim 1, can be concatenated")
     return concat(list(tensors))
 
 
 def _split(x: ConvKernel, sizes: int | Sequence[int], dim: int = 0) -> tuple[ConvKernel, ...]:
-    if dim not in (1, -3):
+    if dim not in (1, 1 - x.ndim):
         raise NotFoldableError(f"a split along dim {dim} is not shift-invariant")
     if isinstance(sizes, int):
         starts = range(0, x.out_channels, sizes)
@@ -266,13 +290,13 @@ def _getitem(x: ConvKernel, index: Any) -> ConvKernel:
     if any(i != everything for i in others) or not isinstance(channels, slice):
         raise NotFoldableError("slicing anything but channels is not shift-invariant")
     start, stop, step = channels.indices(x.out_channels)
-    if step != 1 or stop <= start or (Ellipsis in index and len(index) != 4):
+    if step != 1 or stop <= start or (Ellipsis in index and len(index) != x.ndim):
         raise NotFoldableError("only a contiguous range of channels, x[:, a:b], can be followed")
     return select(x, start, stop)
 
 
 def _size(x: ConvKernel, dim: int | None = None) -> int:
-    if dim not in (1, -3):
+    if dim not in (1, 1 - x.ndim):
         raise NotFoldableError("forward reads the batch or image size, which a kernel lacks")
     return x.out_channels
 
@@ -302,7 +326,8 @@ def _then(x: ConvKernel, kernel: ConvKernel) -> ConvKernel:
 
 def _channelwise(x: ConvKernel, scale: Tensor, shift: Tensor | None) -> ConvKernel:
     """Return `x * scale + shift`, both `(channels,)`."""
-    return _then(x, ConvKernel(scale.reshape(-1, 1, 1, 1), shift, groups=scale.numel()))
+    weight = scale.reshape(-1, 1, *(1,) * x.axes)
+    return _then(x, ConvKernel(weight, shift, groups=scale.numel()))
 
 
 def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
@@ -310,13 +335,13 @@ def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
     channels = kernel.out_channels
     dtype = kernel.dtype  # a number takes the dtype of what it meets, a tensor may raise it
     if isinstance(constant, Tensor):
-        constant = _exact(constant)
+        constant = _exact(constant, kernel)
         dtype = torch.promote_types(constant.dtype, dtype)
     value = torch.as_tensor(constant, dtype=dtype, device=kernel.device)
-    if value.numel() == 1 and value.ndim <= 4:
+    if value.numel() == 1 and value.ndim <= kernel.ndim:
         return value.reshape(1).expand(channels)
-    shape = (1,) * (4 - value.ndim) + tuple(value.shape)
-    if shape != (1, channels, 1, 1):
+    shape = (1,) * (kernel.ndim - value.ndim) + tuple(value.shape)
+    if shape != (1, channels, *(1,) * kernel.axes):
         raise NotFoldableError(
             f"a constant of shape {tuple(value.shape)} varies in space; one value per channel, "
             f"({channels}, 1, 1), can be folded"
@@ -324,28 +349,38 @@ def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
     return value.flatten()
 
 
-def _exact(tensor: Any) -> Any:
-    """Return half-precision tensors in float64, others unchanged."""
-    if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
-        return tensor.double()
-    return tensor
+def _exact(tensor: Any, kernel: ConvKernel) -> Any:
+    """Return a tensor in at least the precision of `kernel`, half precision in float64."""
+    if tensor is None:
+        return None
+    return tensor.to(torch.promote_types(_exact_dtype(tensor.dtype), kernel.dtype))
 
 
-def _pair(value: int | Sequence[int]) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    return (values[0], values[-1])
+def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _sizes(value: int | Sequence[int], axes: int) -> Sizes:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
-    functional.conv2d: _convolve,
-    functional.conv_transpose2d: _convolve_transposed,
+    **dict.fromkeys([functional.conv1d, functional.conv2d, functional.conv3d], _convolve),
+    **dict.fromkeys(
+        [functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d],
+        _convolve_transposed,
+    ),
+    functional.linear: _linear,
     functional.batch_norm: _batch_norm,
-    functional.avg_pool2d: _average_pool,
+    **dict.fromkeys(
+        [functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d], _average_pool
+    ),
     functional.pad: _pad,
-    functional.dropout: _dropout,
-    functional.dropout2d: _dropout,
+    **dict.fromkeys(
+        [functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d],
+        _dropout,
+    ),
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,
@@ -353,7 +388,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__rsub__: lambda x, y: _sub(y, x),
     Tensor.__getitem__: _getitem,
     Tensor.size: _size,
-    Tensor.dim: lambda x: 4,
+    Tensor.dim: lambda x: x.ndim,
     **{
         function: rule
         for names, rule in (

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repnet.kernel import ConvKernel, NotFoldableError, Pair, add, concat, select
+from repnet.kernel import ConvKernel, NotFoldableError, add, concat, select
 from tests.models import relative_error
 
 TOLERANCE = 1e-10
@@ -62,7 +62,7 @@ def images(draw: st.DrawFn, *chains: Sequence[ConvKernel]) -> Tensor:
 
 
 @st.composite
-def pairs(draw: st.DrawFn, lowest: int, highest: int) -> Pair:
+def pairs(draw: st.DrawFn, lowest: int, highest: int) -> tuple[int, int]:
     return draw(st.integers(lowest, highest)), draw(st.integers(lowest, highest))
 
 
@@ -523,8 +523,9 @@ WEIGHT = torch.ones(4, 2, 3, 3)
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"weight": WEIGHT[0]}, "weight must be 4-D"),
-        ({"weight": WEIGHT[None]}, "weight must be 4-D"),
+        ({"weight": WEIGHT[0, 0, 0]}, "weight must be 2-D to 5-D"),
+        ({"weight": WEIGHT[None, None]}, "weight must be 2-D to 5-D"),
+        ({"weight": WEIGHT, "stride": (1,)}, "stride must have 2 entries"),
         ({"weight": WEIGHT, "bias": torch.zeros(3)}, r"bias must have shape \(4,\)"),
         ({"weight": WEIGHT, "bias": torch.zeros(4, 1)}, r"bias must have shape \(4,\)"),
         ({"weight": WEIGHT, "groups": 0}, "groups=0 must divide"),
