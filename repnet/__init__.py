@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from repnet.equivalence import Equivalence as Equivalence
     from repnet.equivalence import FoldMismatchError as FoldMismatchError
     from repnet.equivalence import compare as compare
-    from repnet.folding import FoldReport as FoldReport
+    from repnet.proof import FoldReport as FoldReport
     from repnet.folding import reparameterize as reparameterize
     from repnet.kernel import ConvKernel as ConvKernel
     from repnet.kernel import NotFoldableError as NotFoldableError
@@ -27,7 +27,7 @@ _HOMES = {
     "ConvKernel": "kernel",
     "Equivalence": "equivalence",
     "FoldMismatchError": "equivalence",
-    "FoldReport": "folding",
+    "FoldReport": "proof",
     "NotFoldableError": "kernel",
     "compare": "equivalence",
     "create_model": "models",

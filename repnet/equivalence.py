@@ -106,6 +106,7 @@ def compare(
         names: of the blocks; None for those that differ in class.
 
     Raises:
+        FoldMismatchError: the reference runs, the candidate does not.
         ValueError: there is nothing to compare.
     """
     if isinstance(batches, Tensor):
@@ -120,13 +121,18 @@ def compare(
             outputs: dict[str, list[Any]] = {}
             with _recorded(reference, names, outputs):
                 expected = inputs(reference)
-            with _replayed(candidate, names, outputs, errors):
-                inputs(candidate)
+            try:
+                with _replayed(candidate, names, outputs, errors):
+                    inputs(candidate)
+                actual = inputs(candidate)
+            except Exception as error:  # forward is anyone's code
+                raise FoldMismatchError(
+                    f"the candidate does not run: {error}; it replaces {', '.join(names)}"
+                ) from error
             order += [name for name in outputs if name not in order]
-            actual = inputs(candidate)
-            error, scale = _difference(expected, actual)
-            max_error = _worse(max_error, error)
-            max_relative_error = _worse(max_relative_error, _ratio(error, scale))
+            difference, scale = _difference(expected, actual)
+            max_error = _worse(max_error, difference)
+            max_relative_error = _worse(max_relative_error, _ratio(difference, scale))
             n, same = _agreement(expected, actual)
             samples, agreeing = samples + n, agreeing + same
     if samples == 0:
@@ -148,6 +154,13 @@ class Inputs:
         if isinstance(batch, Inputs):
             return batch
         return cls((batch[0] if isinstance(batch, tuple | list) else batch,))
+
+    @classmethod
+    def of_example(cls, example_input: Any) -> Inputs:
+        """Wrap a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+        if isinstance(example_input, dict):
+            return cls(kwargs=example_input)
+        return cls(example_input if isinstance(example_input, tuple) else (example_input,))
 
     def __call__(self, model: nn.Module) -> Any:
         args, kwargs = tree_map(_clone, (self.args, self.kwargs or {}))  # forward may work in place
@@ -233,6 +246,11 @@ def _replayed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def relative_difference(expected: Any, actual: Any) -> float:
+    """Return `max |expected - actual| / max |expected|` over all tensors of two outputs."""
+    return _ratio(*_difference(expected, actual))
 
 
 def _difference(expected: Any, actual: Any) -> tuple[float, float]:

@@ -174,6 +174,17 @@ class ConvKernel:
         weight = weight.reshape(self.out_channels, self.in_channels // groups, *self.kernel_size)
         return replace(self, weight=weight, groups=groups)
 
+    def over(self, axes: int) -> ConvKernel:
+        """Return the same channelwise map over another number of spatial axes.
+
+        Raises:
+            ValueError: it is more than a channelwise map.
+        """
+        if not self.is_channelwise:
+            raise ValueError("only a channelwise map is the same over any number of axes")
+        weight = self.weight.reshape(-1, 1, *(1,) * axes)
+        return ConvKernel(weight, self.bias, groups=self.groups)
+
     def then(self, other: ConvKernel) -> ConvKernel:
         """Return `x -> other(self(x))`.
 

@@ -3,83 +3,205 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
+import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnet.kernel import NotFoldableError
-from repnet.symbolic import kernel_of
+from repnet.equivalence import Inputs
+from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
+from repnet.precision import InFloat64
+from repnet.shapes import Calls
+from repnet.symbolic import kernel_of, twin
+from repnet.tracing import RecordingError, record, run_node
 
-Convolution = nn.Conv2d | nn.ConvTranspose2d
+# What moves values and changes none.
+REARRANGING = {
+    "contiguous", "flatten", "permute", "reshape", "reshape_as", "squeeze", "swapaxes",
+    "swapdims", "transpose", "unflatten", "unsqueeze", "view", "view_as",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A convolution and what follows it.
+    """A convolution or linear layer and what follows it.
 
     Args:
-        names: of the convolution and of the channelwise layers that each alone consume what comes
-            before; the last one holds parameters or buffers.
-        shared: the first of them that `forward` also uses in another way, None where none is.
+        names: of the layer and of the layers that each alone consume what comes before; all but
+            the first are channelwise, or begin so; the last one holds parameters or buffers.
+        axes: spatial axes of the input of the followers.
+        shared: the first of the names that `forward` also uses in another way, None where none is.
     """
 
     names: tuple[str, ...]
+    axes: int
     shared: str | None
 
 
-def find_chains(model: nn.Module, name: str = "") -> Iterator[Chain]:
-    """Yield the chains in all parts of `model` that torch.fx can trace, in order of execution.
+def find_chains(
+    model: nn.Module,
+    calls: Mapping[str, Calls],
+    producer: Callable[[nn.Module], bool],
+    name: str = "",
+) -> Iterator[Chain]:
+    """Yield the chains in all parts of `model` whose run can be recorded, in order of execution.
 
     Args:
-        model: in evaluation mode.
-        name: prefix of the yielded names.
+        model: in evaluation mode, on the meta device.
+        calls: of its modules, by the names that they have in the whole.
+        producer: whether a module is a convolution or linear layer.
+        name: of `model` in the whole.
     """
-    if not any(isinstance(m, Convolution) for m in model.modules()):
+    if name not in calls or not any(producer(m) for m in model.modules()):
         return
     prefix = f"{name}." if name else ""
     try:
-        graph = _Tracer().trace(model)
-    except Exception:  # forward is anyone's code; where it branches, its parts are tried
+        graph = record(model, calls[name].inputs, lambda m: producer(m) or _is_leaf(m)).graph
+    except RecordingError:  # its parts are tried
         for child_name, child in model.named_children():
-            yield from find_chains(child, prefix + child_name)
+            yield from find_chains(child, calls, producer, prefix + child_name)
         return
-    calls = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
+    followed = [follow(model, node, producer) for node in graph.nodes]
+    chains = [(tuple(str(node.target) for node in nodes), axes) for nodes, axes in followed]
     read = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
-    for node in graph.nodes:
-        names = _chain(model, node)
-        if len(names) > 1:
-            uses = {n: calls[n] + sum(r.startswith(f"{n}.") for r in read) for n in names}
-            shared = next((prefix + n for n in names if uses[n] > 1), None)
-            yield Chain(tuple(prefix + n for n in names), shared)
+    for (names, axes), count in Counter(chains).items():
+        if len(names) < 2:
+            continue
+        uses = {
+            n: calls[prefix + n].count + sum(r.startswith(f"{n}.") for r in read) for n in names
+        }
+        shared = next((prefix + n for n in names if uses[n] != count), None)
+        yield Chain(tuple(prefix + n for n in names), axes, shared)
 
 
-def _chain(model: nn.Module, node: fx.Node) -> list[str]:
-    """Return the names of the chain that begins at `node`; empty if no convolution is called."""
-    conv = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if not isinstance(conv, Convolution):
-        return []
-    names, length = [str(node.target)], 1
+def split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.Module | None]:
+    """Return the channelwise map that a layer begins with, and what remains of it after that.
+
+    Args:
+        layer: such as a norm, with or without an activation of its own.
+        channels: of its input.
+        axes: spatial axes of its input.
+
+    Returns:
+        The map, in float64, and the rest of the layer, None if there is nothing more.
+
+    Raises:
+        NotFoldableError: the layer does not begin with a channelwise map.
+    """
+    try:
+        kernel = kernel_of(layer, channels, axes=axes, dtype=torch.float64)
+    except NotAffineError:
+        return _split(layer, channels, axes)
+    if not kernel.is_channelwise:
+        raise NotFoldableError("it is more than a channelwise map")
+    return kernel, None
+
+
+def _split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.Module | None]:
+    sketch = twin(layer, device="meta").double()
+    image = torch.empty(1, channels, *(2,) * axes, dtype=torch.float64, device="meta")
+    try:
+        graph = record(sketch, Inputs((image,)), _is_leaf).graph
+    except RecordingError as error:
+        raise NotFoldableError(f"it cannot be recorded: {error}") from error
+    like = next(chain(layer.parameters(), layer.buffers()), torch.empty(0))
+    identity = ConvKernel.identity(channels, axes=axes, dtype=torch.float64, device=like.device)
+    begin = next(iter(graph.nodes))
+    node, kernel = begin, identity
     while len(node.users) == 1:
         (user,) = node.users
-        if user.op != "call_module" or user.args != (node,) or user.kwargs:
+        if user.op == "output":
             break
-        layer = model.get_submodule(str(user.target))
         try:
-            if not kernel_of(layer, conv.out_channels).is_channelwise:
-                break
+            with InFloat64():
+                following = run_node(layer, user, {node: kernel})
         except NotFoldableError:
             break
-        names.append(str(user.target))
-        if next(layer.parameters(), None) is not None or next(layer.buffers(), None) is not None:
-            length = len(names)  # a dropout or a fixed number at the end stays
+        if not isinstance(following, ConvKernel) or not following.is_channelwise:
+            break
+        node, kernel = user, following
+    if node is begin:
+        raise NotFoldableError("it does not begin with a channelwise map")
+    node.replace_all_uses_with(begin)
+    graph.eliminate_dead_code()
+    return kernel, _shortest(layer, graph)
+
+
+def _shortest(model: nn.Module, graph: fx.Graph) -> nn.Module:
+    """Return the module of a graph: the layer itself where the graph calls but one."""
+    modules = [
+        model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output")
+    ]
+    modules = [m for m in modules if not isinstance(m, nn.Identity)]
+    if len(modules) == 1 and modules[0] is not None:
+        return modules[0]
+    return fx.GraphModule(model, graph)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None or isinstance(module, _BatchNorm)
+
+
+def follow(
+    model: nn.Module, node: fx.Node, producer: Callable[[nn.Module], bool]
+) -> tuple[list[fx.Node], int]:
+    """Return the calls of a layer and of its followers, and the spatial axes of these.
+
+    Args:
+        model: whose graph it is.
+        node: of the layer; without a call of a producer there is no chain.
+        producer: whether a module is a convolution or linear layer.
+    """
+    first = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if first is None or not producer(first) or "shape" not in node.meta:
+        return [], 0
+    chained, length, axes, begin, whole = [node], 1, 0, node, True
+    channel_axis = -1 if isinstance(first, nn.Linear) else 1
+    while len(node.users) == 1 and whole:
+        (user,) = node.users
+        if user.args[:1] != (node,):
+            break
+        if user.op == "call_module" and len(user.args) == 1 and not user.kwargs:
+            layer, channels = (
+                model.get_submodule(str(user.target)),
+                begin.meta["shape"][channel_axis],
+            )
+            if not _keeps_channels(begin, node, channel_axis):
+                break
+            try:
+                whole = split(layer, channels, len(node.meta["shape"]) - 2)[1] is None
+            except NotFoldableError:
+                break
+            chained.append(user)
+            axes = len(node.meta["shape"]) - 2
+            if any(True for _ in chain(layer.parameters(), layer.buffers())):
+                length = len(chained)  # a dropout or a fixed number at the end stays
+        elif not (user.op in ("call_method", "call_function") and _name(user) in REARRANGING):
+            break
         node = user
-    return names[:length]
+    return chained[:length], axes
 
 
-class _Tracer(fx.Tracer):
-    """Stops at every layer without children, also at those of other libraries."""
+def _keeps_channels(begin: fx.Node, end: fx.Node, channel_axis: int) -> bool:
+    """Return whether axis 1 at `end` is the channel axis of `begin`, however values were moved."""
+    path = [end]
+    while path[-1] is not begin:
+        path.append(path[-1].args[0])  # type: ignore[arg-type]
+    shape = begin.meta["shape"]
+    axis_shape = [1] * len(shape)
+    axis_shape[channel_axis] = -1
+    labels = torch.arange(shape[channel_axis]).reshape(axis_shape).expand(shape)
+    for node in reversed(path[:-1]):
+        if node.op != "call_module":  # what is called is channelwise
+            labels = run_node(nn.Module(), node, {node.args[0]: labels})
+    channels = torch.arange(shape[channel_axis]).reshape(-1, *(1,) * (labels.ndim - 2))
+    return labels.ndim > 1 and labels.shape[1] == len(channels) and bool((labels == channels).all())
 
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        no_children = next(module.children(), None) is None
-        return no_children or super().is_leaf_module(module, qualified_name)
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

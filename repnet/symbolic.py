@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 from math import prod
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, Sizes, add, concat, select
+from repnet.precision import InFloat64
 
 
 def kernel_of(
@@ -44,7 +46,8 @@ def kernel_of(
     exact = torch.promote_types(_exact_dtype(like.dtype), dtype or like.dtype)
     identity = ConvKernel.identity(in_channels, axes=axes, dtype=exact, device=like.device)
     try:
-        with evaluating(module):
+        exactly = InFloat64() if exact == torch.float64 else nullcontext()
+        with evaluating(module), exactly:
             kernel = module(identity)
     except NotFoldableError:
         raise
@@ -65,6 +68,31 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in training:
             submodule.training = True
+
+
+def twin(
+    module: nn.Module, *, device: str | None = None, replaced: Mapping[int, Any] | None = None
+) -> nn.Module:
+    """Return a copy that shares parameters and buffers, and so takes no memory; not compiled.
+
+    What a run of it keeps aside stays in the copy.
+
+    Args:
+        module: not changed.
+        device: "meta" for a copy without values.
+        replaced: other modules for some, by the identity of these.
+    """
+    shared: dict[int, Any] = {id(t): t for t in chain(module.parameters(), module.buffers())}
+    if device is not None:
+        for key, tensor in shared.items():
+            moved = tensor.detach().to(device)
+            if isinstance(tensor, nn.Parameter):
+                moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+            shared[key] = moved
+    copy = deepcopy(module, {**shared, **(replaced or {})})
+    for m in copy.modules():
+        m._compiled_call_impl = None
+    return copy
 
 
 def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,10 +18,12 @@ from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
 from repnet.blocks import RepVGGBlock
 from repnet.equivalence import FoldMismatchError
-from repnet.folding import FoldReport, reparameterize
+from repnet.folding import reparameterize
+from repnet.proof import FoldReport
 from repnet.kernel import ConvKernel
 from repnet.layers import Scale, Sum, conv, conv_bn
 from repnet.models import create_model
+from repnet.scaling import absorb
 from repnet.symbolic import kernel_of
 from tests.models import randomize_batch_norm, relative_error
 
@@ -50,6 +52,14 @@ class NormWithReLU(nn.BatchNorm2d):
 
 class OwnConv2d(nn.Conv2d):
     """As many libraries have it: a subclass that computes the same."""
+
+
+class NormalizedPad(nn.Conv2d):
+    """Pads by the size of its input, which no kernel has, and divides its weight by its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.pad(x, [0, x.shape[3] % 3, 0, 0])
+        return functional.conv2d(x, self.weight / self.weight.norm())
 
 
 def chain(*layers: nn.Module) -> nn.Sequential:
@@ -144,13 +154,14 @@ CASES = {
     ),
     "norm before padding": Case(lambda: chain(norm(), conv(4, 4)), [], ["0"]),
     "norm alone": Case(lambda: chain(norm()), [], ["0"]),
-    "norm that hides a ReLU": Case(lambda: chain(conv(4, 4), NormWithReLU(4)), [], ["1"]),
+    "norm that hides a ReLU": Case(lambda: chain(conv(4, 4), NormWithReLU(4)), ["0"]),
     "norm of its batch": Case(
         lambda: chain(conv(4, 4), nn.BatchNorm2d(4, track_running_stats=False)), [], ["1"]
     ),
     "reflection": Case(
-        lambda: chain(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), norm()), [], ["1"]
+        lambda: chain(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), norm()), ["0"]
     ),
+    "weight from its own size": Case(lambda: chain(NormalizedPad(4, 4, 3), norm()), [], ["1"]),
     "convolution used twice": Case(
         lambda: Wired(
             lambda m, x: functional.relu(m.norm(m.conv(x))) + m.conv(x),
@@ -458,7 +469,7 @@ def test_half_precision_weights_are_folded_in_float64(x: Tensor) -> None:
         ("norm used twice", "norm", "'norm' is also used elsewhere"),
         ("another user of the convolution", "norm", "no convolution before it feeds it alone"),
         ("unused head", "head", "it was not run on the example input"),
-        ("reflection", "1", "pad with mode 'reflect'"),
+        ("weight from its own size", "1", "its output does not scale with its weight"),
         ("norm before padding", "", "pads its input with zeros"),
         ("norm of its batch", "", "without running statistics"),
     ],
@@ -557,16 +568,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *wrong: int) -> None:
     """Make the folds of some sums, counted from 1 in the order of the tree, slightly wrong."""
     count = 0
 
-    def kernel_of_or_wrong(module: nn.Module, in_channels: int) -> ConvKernel:
+    def kernel_of_or_wrong(module: nn.Module, in_channels: int, **options: Any) -> ConvKernel:
         nonlocal count
-        kernel = kernel_of(module, in_channels)
-        if isinstance(module, Sum):
+        kernel = kernel_of(module, in_channels, **options)
+        if isinstance(module, Sum) and not kernel.weight.is_meta:
             count += 1
             if count in wrong:
                 kernel.weight.mul_(1 + 1e-6)
         return kernel
 
-    monkeypatch.setattr("repnet.folding.kernel_of", kernel_of_or_wrong)
+    monkeypatch.setattr("repnet.modulewise.kernel_of", kernel_of_or_wrong)
 
 
 @torch.no_grad()
@@ -597,18 +608,14 @@ def test_the_first_block_is_the_first_to_run(monkeypatch: pytest.MonkeyPatch, x:
 def test_a_wrong_norm_fold_is_a_mismatch_at_that_norm(
     monkeypatch: pytest.MonkeyPatch, x: Tensor
 ) -> None:
-    def wrong_bias(module: nn.Module, in_channels: int) -> ConvKernel:
-        kernel = kernel_of(module, in_channels)
-        if (
-            isinstance(module, nn.Sequential)
-            and kernel.out_channels == 6
-            and kernel.bias is not None
-        ):
-            kernel.bias.data += 1e-6
-        return kernel
+    def wrong_bias(layer: nn.Conv2d, *args: Any) -> nn.Module:
+        folded = absorb(layer, *args)
+        if layer.out_channels == 6:
+            folded.bias.data += 1e-6
+        return folded
 
     model = chain(conv(4, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6))
-    monkeypatch.setattr("repnet.folding.kernel_of", wrong_bias)
+    monkeypatch.setattr("repnet.modulewise.absorb", wrong_bias)
     with pytest.raises(FoldMismatchError) as caught:
         reparameterize(ready(model), x)
     assert caught.value.block in ("3", "4")

@@ -27,7 +27,8 @@ from repnet.deploy.report import write_html
 from repnet.equivalence import Equivalence, FoldMismatchError, compare
 from repnet.errors import InputError
 from repnet.files import sha256, write_json
-from repnet.folding import BLOCK_TOLERANCE, OUTPUT_TOLERANCE, FoldReport, reparameterize
+from repnet.folding import reparameterize
+from repnet.proof import BLOCK_TOLERANCE, OUTPUT_TOLERANCE, FoldReport
 from repnet.spec import build
 
 PROOF_SAMPLES = 8  # real images on which every block is compared in float64
