@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import SqueezeExcitation
 
 Size = int | tuple[int, int]
 
@@ -133,6 +134,40 @@ def conv_bn(
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels)))
 
 
+def conv_transpose_bn(
+    in_channels: int, out_channels: int, padding: int = 0, *, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """Return a transposed convolution, then batch norm: the image grows `stride` times.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        padding: pixels cropped on every side; the kernel has `stride + 2 * padding`.
+        stride: output pixels for each input pixel.
+        groups: of the convolution.
+    """
+    convolution = nn.ConvTranspose2d(
+        in_channels,
+        out_channels,
+        stride + 2 * padding,
+        stride=stride,
+        padding=padding,
+        groups=groups,
+        bias=False,
+    )
+    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels)))
+
+
+def identity_conv(channels: int, *, groups: int = 1) -> Sum:
+    """Return `x -> x + conv1x1(x)`, which starts as the identity: the convolution starts at zero.
+
+    In Diverse Branch Block it takes the place of a 1x1 convolution between equal channels.
+    """
+    convolution = conv(channels, channels, 1, groups=groups, bias=False)
+    nn.init.zeros_(convolution.weight)
+    return Sum(nn.Identity(), convolution)
+
+
 def identity(
     in_channels: int, out_channels: int, *, stride: int = 1, groups: int = 1
 ) -> nn.Identity | None:
@@ -145,6 +180,11 @@ def identity_bn(
 ) -> nn.BatchNorm2d | None:
     """Return batch norm as a branch of its own, or None where the shape changes."""
     return nn.BatchNorm2d(out_channels) if in_channels == out_channels and stride == 1 else None
+
+
+def squeeze_excitation(channels: int, reduction: int = 16) -> SqueezeExcitation:
+    """Return attention over channels, with `channels // reduction` of them inside, at least one."""
+    return SqueezeExcitation(channels, max(1, channels // reduction))
 
 
 def branch_norms(model: nn.Module) -> Iterable[nn.BatchNorm2d]:

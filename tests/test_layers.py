@@ -17,8 +17,11 @@ from repnet.layers import (
     branch_norms,
     conv,
     conv_bn,
+    conv_transpose_bn,
     identity,
     identity_bn,
+    identity_conv,
+    squeeze_excitation,
 )
 from tests.models import randomize_batch_norm, relative_error
 
@@ -146,6 +149,42 @@ def test_conv_bn_is_a_convolution_without_bias_then_a_norm():
     assert layers.conv.bias is None
     assert (layers.conv.stride, layers.conv.groups) == ((2, 2), 2)
     torch.testing.assert_close(layers(x), layers.bn(layers.conv(x)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_transposed_convolution_grows_the_image(stride, padding):
+    layers = randomize_batch_norm(conv_transpose_bn(4, 6, padding, stride=stride, groups=2))
+    x = image()
+    y = layers.double()(x)
+    assert list(dict(layers.named_children())) == ["conv", "bn"]
+    assert y.shape == (3, 6, 9 * stride, 10 * stride)
+    weight = layers.conv.weight
+    assert weight.shape == (4, 3, stride + 2 * padding, stride + 2 * padding)
+    expected = functional.conv_transpose2d(x, weight, None, stride, padding, groups=2)
+    torch.testing.assert_close(y, layers.bn(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_an_identity_convolution_starts_as_the_identity(groups):
+    module = identity_conv(4, groups=groups).double()
+    x = image()
+    torch.testing.assert_close(module(x), x, rtol=0, atol=0)
+    nn.init.normal_(module[1].weight)
+    expected = x + functional.conv2d(x, module[1].weight, groups=groups)
+    assert [name for name, _ in module.named_parameters()] == ["1.weight"]
+    assert relative_error(expected, module(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("channels", "reduction", "inside"), [(32, 16, 2), (32, 4, 8), (24, 16, 1), (8, 16, 1)]
+)
+def test_attention_has_a_share_of_the_channels_inside(channels, reduction, inside):
+    module = squeeze_excitation(channels, reduction)
+    assert module.fc1.out_channels == module.fc2.in_channels == inside
+    x = torch.randn(2, channels, 5, 5)
+    scale = module.fc2(module.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    torch.testing.assert_close(module(x), x * scale)
 
 
 @pytest.mark.parametrize("branch", [identity, identity_bn])

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from repnet.models.mobileone import MobileOne
 from repnet.models.repvgg import RepVGG
+from repnet.models.resnet import ResNet
 from repnet.spec import build, choices, load_choice
 
-__all__ = ["RepVGG", "create_model", "list_models"]
+__all__ = ["MobileOne", "RepVGG", "ResNet", "create_model", "list_models"]
 
 
 def list_models() -> list[str]:

@@ -1,0 +1,39 @@
+"""The asymmetric convolution block of ACNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repnet.blocks.block import Block
+from repnet.layers import Sum, conv_bn
+
+
+class ACBlock(Block):
+    """Square, vertical (Kx1) and horizontal (1xK) convolutions, each with batch norm.
+
+    arXiv:1908.03930, section 3.2. The branches stand in this order.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        stride: of every branch.
+        groups: of every branch.
+        kernel_size: K, pixels, odd.
+        **options: `attention` and `activation` of `Block`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        kernel_size: int = 3,
+        **options: Any,
+    ) -> None:
+        sizes = [(kernel_size, kernel_size), (kernel_size, 1), (1, kernel_size)]
+        branches = Sum(
+            *(conv_bn(in_channels, out_channels, k, stride=stride, groups=groups) for k in sizes)
+        )
+        super().__init__(branches, out_channels, **options)

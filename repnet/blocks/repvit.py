@@ -1,0 +1,43 @@
+"""The token mixer of RepViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from repnet.blocks.block import Block
+from repnet.layers import Sum, conv, conv_bn, identity
+
+
+class RepViTBlock(Block):
+    """`norm(conv_bn(x) + conv1x1(x) + x)`, the 1x1 with bias (arXiv:2307.09283).
+
+    In the paper it is depthwise, that is `groups` are the channels, and linear.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output; `x` is added only where it equals `in_channels`.
+        stride: `x` is added only at 1.
+        groups: of both convolutions.
+        kernel_size: of the large convolution, pixels, odd.
+        **options: `attention` and `activation` of `Block`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        kernel_size: int = 3,
+        **options: Any,
+    ) -> None:
+        branches = Sum(
+            conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups),
+            conv(in_channels, out_channels, 1, stride=stride, groups=groups),
+            identity(in_channels, out_channels, stride=stride),
+        )
+        norm = nn.BatchNorm2d(out_channels)
+        super().__init__(nn.Sequential(branches, norm), out_channels, **options)
