@@ -215,7 +215,9 @@ class _Folding:
     def fold(self) -> nn.Module:
         """Return the folded graph module, with its new layers in float64."""
         original = deepcopy(self.graph)
-        checks = [self._replace(region) for region in self._regions()]
+        made = [(region, region.signature) for region in self._regions()]  # before it changes
+        names = {key: self._make(region) for key, region in {k: r for r, k in made}.items()}
+        checks = [self._replace(region, names[key]) for region, key in made]
         self.graph.eliminate_dead_code()
         checks += [check for node in list(self.graph.nodes) for check in self._absorb(node)]
         self.graph.eliminate_dead_code()
@@ -371,27 +373,25 @@ class _Folding:
 
     # What is put in its place
 
-    def _replace(self, region: _Region) -> tuple[str, str, str]:
-        """Put a layer in the place of a region; return the names of root, end and layer."""
-        tensors = self._tensors(region)
-        name = self._name(region)
-        if not hasattr(self, "layers"):
-            self.layers: dict[Any, str] = {}
-        if region.signature in self.layers:
-            name = self.layers[region.signature]
-        else:
-            self.layers[region.signature] = name
-            device = next(iter(tensors.values())).device
-            values = {**self.constants, region.root: _identity(region.root.meta["shape"], device)}
-            with torch.no_grad(), InFloat64():
-                for node in region.nodes:
-                    values[node] = run_node(self.bare, node, values)
-            parameters = [t for t in tensors.values() if isinstance(t, nn.Parameter)]
-            layer = as_module(values[region.end], like=nn.ParameterList(parameters))
-            self._add(name, layer, tensors)
+    def _make(self, region: _Region) -> str:
+        """Add the layer of a region to the model; return its name."""
+        tensors, name = self._tensors(region), self._name(region)
+        device = next(iter(tensors.values())).device
+        values = {**self.constants, region.root: _identity(region.root.meta["shape"], device)}
+        with torch.no_grad(), InFloat64():
+            for node in region.nodes:
+                values[node] = run_node(self.bare, node, values)
+        parameters = [t for t in tensors.values() if isinstance(t, nn.Parameter)]
+        layer = as_module(values[region.end], like=nn.ParameterList(parameters))
+        self._add(name, layer, tensors)
+        return name
+
+    def _replace(self, region: _Region, name: str) -> tuple[str, str, str]:
+        """Call a layer in the place of a region; return the names of root, end and layer."""
         first = region.nodes[0]  # where in-place functions have not yet changed the root
+        (root,) = {i for i in first.all_input_nodes if i not in self.constants}
         with self.graph.inserting_before(first):
-            call = self.graph.call_module(name, (region.root,))
+            call = self.graph.call_module(name, (root,))
         call.meta = dict(region.end.meta)
         region.end.replace_all_uses_with(call)
         return region.root.name, region.end.name, name

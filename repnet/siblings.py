@@ -70,11 +70,16 @@ def find_chains(
     for (names, axes), count in Counter(chains).items():
         if len(names) < 2:
             continue
-        uses = {
-            n: calls[prefix + n].count + sum(r.startswith(f"{n}.") for r in read) for n in names
-        }
-        shared = next((prefix + n for n in names if uses[n] != count), None)
-        yield Chain(tuple(prefix + n for n in names), axes, shared)
+        whole = tuple(prefix + name for name in names)
+        uses = [
+            calls[w].count + sum(r.startswith(f"{n}.") for r in read)
+            for n, w in zip(names, whole, strict=True)
+        ]
+        alone = next((i for i, n in enumerate(uses) if n != count), len(uses))
+        if alone > 1:
+            yield Chain(whole[:alone], axes, None)
+        else:
+            yield Chain(whole, axes, whole[alone])
 
 
 def split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.Module | None]:
@@ -104,9 +109,10 @@ def _split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.M
     sketch = twin(layer, device="meta").double()
     image = torch.empty(1, channels, *(2,) * axes, dtype=torch.float64, device="meta")
     try:
-        graph = record(sketch, Inputs((image,)), _is_leaf).graph
+        recording = record(sketch, Inputs((image,)), _is_leaf)
     except RecordingError as error:
         raise NotFoldableError(f"it cannot be recorded: {error}") from error
+    graph = fx.GraphModule(recording.root, recording.graph).graph
     like = next(chain(layer.parameters(), layer.buffers()), torch.empty(0))
     identity = ConvKernel.identity(channels, axes=axes, dtype=torch.float64, device=like.device)
     begin = next(iter(graph.nodes))
@@ -162,10 +168,11 @@ def follow(
         return [], 0
     chained, length, axes, begin, whole = [node], 1, 0, node, True
     channel_axis = -1 if isinstance(first, nn.Linear) else 1
-    while len(node.users) == 1 and whole:
-        (user,) = node.users
-        if user.args[:1] != (node,):
+    while whole:
+        users = [user for user in node.users if not _reads_shape(user, node)]
+        if len(users) != 1 or users[0].args[:1] != (node,):
             break
+        (user,) = users
         if user.op == "call_module" and len(user.args) == 1 and not user.kwargs:
             layer, channels = (
                 model.get_submodule(str(user.target)),
@@ -201,6 +208,10 @@ def _keeps_channels(begin: fx.Node, end: fx.Node, channel_axis: int) -> bool:
             labels = run_node(nn.Module(), node, {node.args[0]: labels})
     channels = torch.arange(shape[channel_axis]).reshape(-1, *(1,) * (labels.ndim - 2))
     return labels.ndim > 1 and labels.shape[1] == len(channels) and bool((labels == channels).all())
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    return user.args[0] is not node and _name(user) in ("reshape_as", "view_as", "expand_as")
 
 
 def _name(node: fx.Node) -> str:
