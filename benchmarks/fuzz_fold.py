@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repnet.kernel import NotFoldableError, Pair
+from repnet.kernel import NotFoldableError
 from repnet.layers import Concat, PadBatchNorm, Scale, Sum
 from repnet.symbolic import kernel_of
 
@@ -41,6 +41,9 @@ ORACLE_TOLERANCE = 1e-9
 SIZES = ((14, 13), (11, 12), (13, 15), (12, 10))
 ENLARGED = (48, 36)  # pixels to add for an interior; multiples of 12 keep all those residues
 MAX_CHANNELS = 8
+
+
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)

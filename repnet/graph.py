@@ -438,7 +438,8 @@ class _Folding:
             return []
         channels = node.meta["shape"][-1 if isinstance(layers[0], nn.Linear) else 1]
         try:
-            kernels = [split(bare(layer), channels, axes) for layer in layers[1:]]
+            device = next(layers[0].parameters()).device
+            kernels = [split(bare(layer), channels, axes, device) for layer in layers[1:]]
             if kernels[-1][1] is not None:
                 return []
             norm = kernels[0][0]

@@ -191,8 +191,9 @@ class ConvKernel:
         Tap b of `other` reads tap a of `self` at `dilation_a * a + stride_a * dilation_b * b`.
         Both are written on one lattice, and one transposed convolution of the two weights sums the
         products. The border law: zeros that `other` inserts, around its input or between its
-        samples, must be zeros of `self` too, so `self` must be pointwise and have no bias, must not
-        crop where zeros are added, and must have stride 1 where `other` upsamples.
+        samples, must be zeros of `self` too. So `self` must have no bias; where zeros are added, it
+        must be zero beyond its own output, as a pointwise kernel is, or one that is padded by its
+        whole reach; and where `other` upsamples, it must have stride 1, and its taps spread.
 
         Raises:
             NotFoldableError: the border law forbids it.
@@ -212,7 +213,8 @@ class ConvKernel:
         for axis in range(self.axes):
             (before, after), (extra_before, extra_after) = self.padding[axis], other.padding[axis]
             step = self.stride[axis] * other.dilation[axis]
-            own = self.dilation[axis] if self.kernel_size[axis] > 1 else 0
+            spread = self.dilation[axis] * other.upsample[axis]
+            own = spread if self.kernel_size[axis] > 1 else 0
             theirs = step if other.kernel_size[axis] > 1 else 0
             unit = gcd(own, theirs) or 1
             up, hop = other.upsample[axis], self.stride[axis]
@@ -250,16 +252,17 @@ class ConvKernel:
                 f"the second map {inserts}, but the first has a bias, so that a zero of its input "
                 "becomes that bias; pad before the bias instead"
             )
-        if not self.is_pointwise:
-            raise NotFoldableError(
-                f"the second map {inserts}, but the first is a {_size(self)} kernel, which at the "
-                "border also reads samples; move all padding into the first map"
-            )
         for axis in range(self.axes):
-            crops = zip(self.padding[axis], other.padding[axis], strict=True)
-            if any(own < 0 < added for own, added in crops):
+            (before, after), (added_before, added_after) = self.padding[axis], other.padding[axis]
+            # Beyond its output the first map is zero only where its taps find nothing but zeros.
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            if (added_before > 0 and before < reach + 1 - self.stride[axis]) or (
+                added_after > 0 and after < reach
+            ):
                 raise NotFoldableError(
-                    f"the second map {inserts} where the first crops: cropped samples are not zeros"
+                    f"the second map {inserts}, but the first, a {_size(self)} kernel, is not zero "
+                    "beyond its output, where it also reads samples; move all padding into the "
+                    "first map"
                 )
             if other.upsample[axis] > 1 and self.stride[axis] > 1:
                 raise NotFoldableError(
@@ -365,14 +368,14 @@ def add(kernels: Sequence[ConvKernel]) -> ConvKernel:
     kernels = [k.with_groups(groups) for k in kernels]
     geometry, size, places = _align(kernels)
     dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
-    first = next((k for k in kernels if k.kernel_size == size), None)
-    if first is None:
+    whole = next((n for n, k in enumerate(kernels) if k.kernel_size == size), None)
+    if whole is None:
         weight = kernels[0].weight.new_zeros(*kernels[0].weight.shape[:2], *size, dtype=dtype)
     else:
-        weight = first.weight.to(dtype, copy=True)
+        weight = kernels[whole].weight.to(dtype, copy=True)
     bias = None
-    for kernel, place in zip(kernels, places, strict=True):
-        if kernel is not first:
+    for n, (kernel, place) in enumerate(zip(kernels, places, strict=True)):
+        if n != whole:
             weight[place] += kernel.weight
         bias = _add_optional(bias, kernel.bias)
     return replace(geometry, weight=weight, bias=bias)

@@ -162,11 +162,13 @@ class _Surgery:
             self._move_bias(first, others[0])
             return
         channels = self._channels(first)
-        kernel = ConvKernel.identity(channels, axes=found.axes, dtype=torch.float64)
+        device = next(self.source.get_submodule(first).parameters()).device
+        kernel = ConvKernel.identity(channels, axes=found.axes, dtype=torch.float64, device=device)
         rest: nn.Module | None = None
         for name in others:
-            part, rest = split(bare(self.source.get_submodule(name)), channels, found.axes)
-            kernel = part if name == others[0] else kernel.then(part)
+            layer = bare(self.source.get_submodule(name))
+            part, rest = split(layer, channels, found.axes, device)
+            kernel = kernel.then(part)
         self._replace(first, self._scaled(first, kernel, found.names))
         for name in others:
             self._replace(name, nn.Identity())

@@ -82,13 +82,16 @@ def find_chains(
             yield Chain(whole, axes, whole[alone])
 
 
-def split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.Module | None]:
+def split(
+    layer: nn.Module, channels: int, axes: int, device: torch.device
+) -> tuple[ConvKernel, nn.Module | None]:
     """Return the channelwise map that a layer begins with, and what remains of it after that.
 
     Args:
         layer: such as a norm, with or without an activation of its own.
         channels: of its input.
         axes: spatial axes of its input.
+        device: of its input.
 
     Returns:
         The map, in float64, and the rest of the layer, None if there is nothing more.
@@ -97,15 +100,17 @@ def split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.Mo
         NotFoldableError: the layer does not begin with a channelwise map.
     """
     try:
-        kernel = kernel_of(layer, channels, axes=axes, dtype=torch.float64)
+        kernel = kernel_of(layer, channels, axes=axes, dtype=torch.float64, device=device)
     except NotAffineError:
-        return _split(layer, channels, axes)
+        return _split(layer, channels, axes, device)
     if not kernel.is_channelwise:
         raise NotFoldableError("it is more than a channelwise map")
     return kernel, None
 
 
-def _split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.Module | None]:
+def _split(
+    layer: nn.Module, channels: int, axes: int, device: torch.device
+) -> tuple[ConvKernel, nn.Module | None]:
     sketch = twin(layer, device="meta").double()
     image = torch.empty(1, channels, *(2,) * axes, dtype=torch.float64, device="meta")
     try:
@@ -113,8 +118,7 @@ def _split(layer: nn.Module, channels: int, axes: int) -> tuple[ConvKernel, nn.M
     except RecordingError as error:
         raise NotFoldableError(f"it cannot be recorded: {error}") from error
     graph = fx.GraphModule(recording.root, recording.graph).graph
-    like = next(chain(layer.parameters(), layer.buffers()), torch.empty(0))
-    identity = ConvKernel.identity(channels, axes=axes, dtype=torch.float64, device=like.device)
+    identity = ConvKernel.identity(channels, axes=axes, dtype=torch.float64, device=device)
     begin = next(iter(graph.nodes))
     node, kernel = begin, identity
     while len(node.users) == 1:
@@ -168,6 +172,7 @@ def follow(
         return [], 0
     chained, length, axes, begin, whole = [node], 1, 0, node, True
     channel_axis = -1 if isinstance(first, nn.Linear) else 1
+    device = next(first.parameters()).device
     while whole:
         users = [user for user in node.users if not _reads_shape(user, node)]
         if len(users) != 1 or users[0].args[:1] != (node,):
@@ -181,7 +186,7 @@ def follow(
             if not _keeps_channels(begin, node, channel_axis):
                 break
             try:
-                whole = split(layer, channels, len(node.meta["shape"]) - 2)[1] is None
+                whole = split(layer, channels, len(node.meta["shape"]) - 2, device)[1] is None
             except NotFoldableError:
                 break
             chained.append(user)

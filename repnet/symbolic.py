@@ -19,7 +19,12 @@ from repnet.precision import InFloat64
 
 
 def kernel_of(
-    module: nn.Module, in_channels: int, *, axes: int = 2, dtype: torch.dtype | None = None
+    module: nn.Module,
+    in_channels: int,
+    *,
+    axes: int = 2,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> ConvKernel:
     """Return the one convolution that `module` computes in evaluation.
 
@@ -32,6 +37,7 @@ def kernel_of(
         in_channels: channels of its input.
         axes: spatial axes of its input: 0 of a linear layer, 1 of a sequence, 3 of a volume.
         dtype: what to fold in, where it is more precise than the module's; None for the module's.
+        device: of the kernel, for a module without tensors; None for the module's.
 
     Raises:
         NotAffineError: forward does something that has no rule, or that a kernel cannot follow.
@@ -44,7 +50,9 @@ def kernel_of(
     tensors = [t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()]
     like = tensors[0] if tensors else torch.empty(0)
     exact = torch.promote_types(_exact_dtype(like.dtype), dtype or like.dtype)
-    identity = ConvKernel.identity(in_channels, axes=axes, dtype=exact, device=like.device)
+    identity = ConvKernel.identity(
+        in_channels, axes=axes, dtype=exact, device=device or like.device
+    )
     try:
         exactly = InFloat64() if exact == torch.float64 else nullcontext()
         with evaluating(module), exactly:
@@ -219,7 +227,7 @@ def _average_pool(
     divisor_override: int | None = None,
 ) -> ConvKernel:
     sizes = _sizes(kernel_size, x.axes)
-    if ceil_mode:
+    if ceil_mode and max(_sizes(stride or sizes, x.axes)) > 1:
         raise NotFoldableError(
             "avg_pool with ceil_mode=True averages over fewer samples at the border; "
             "set ceil_mode=False"
@@ -241,6 +249,8 @@ def _average_pool(
 def _pad(
     x: ConvKernel, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> ConvKernel:
+    if not any(pad):
+        return x
     if mode != "constant" or value:
         kind = f"mode '{mode}'" if mode != "constant" else f"the constant {value}"
         raise NotFoldableError(f"pad with {kind} is not the zero padding of a convolution")

@@ -595,17 +595,17 @@ REFUSALS = {
     ),
     "3x3, then padded": Refusal(
         lambda: nn.Sequential(conv(4, 4, bias=False), conv(4, 4)),
-        "pads its input with zeros, but the first is a 3x3 kernel",
+        "pads its input with zeros, but the first, a 3x3 kernel, is not zero",
         merged_parts,
     ),
     "3x3 strided, then padded on one side": Refusal(
         lambda: nn.Sequential(conv(4, 4, stride=2, bias=False), nn.ZeroPad2d((0, 1, 0, 0))),
-        "pads its input with zeros, but the first is a 3x3 kernel",
+        "pads its input with zeros, but the first, a 3x3 kernel, is not zero",
         merged_parts,
     ),
     "3x3, then padded average pool": Refusal(
         lambda: nn.Sequential(conv(4, 4, bias=False), nn.AvgPool2d(3, 1, padding=1)),
-        "pads its input with zeros, but the first is a 3x3 kernel",
+        "pads its input with zeros, but the first, a 3x3 kernel, is not zero",
         merged_parts,
     ),
     "norm, then padded average pool": Refusal(
@@ -615,12 +615,12 @@ REFUSALS = {
     ),
     "crop, then padded": Refusal(
         lambda: nn.Sequential(nn.Sequential(nn.ZeroPad2d(-1), pointwise()), conv(4, 4)),
-        "pads its input with zeros where the first crops",
+        "pads its input with zeros, but the first, a 1x1 kernel, is not zero",
         merged_parts,
     ),
     "crop on one side, then padded": Refusal(
         lambda: nn.Sequential(nn.Sequential(nn.ZeroPad2d((0, -2, 0, 0)), pointwise()), conv(4, 4)),
-        "pads its input with zeros where the first crops",
+        "pads its input with zeros, but the first, a 1x1 kernel, is not zero",
         merged_parts,
     ),
     "norm, then transposed conv": Refusal(
@@ -630,7 +630,7 @@ REFUSALS = {
     ),
     "3x3, then transposed conv": Refusal(
         lambda: nn.Sequential(conv(4, 4, bias=False), nn.ConvTranspose2d(4, 4, 3, 2)),
-        "pads its input with zeros, but the first is a 3x3 kernel",
+        "pads its input with zeros, but the first, a 3x3 kernel, is not zero",
         merged_parts,
     ),
     "strided, then transposed conv": Refusal(
