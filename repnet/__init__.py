@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from repnet.equivalence import Equivalence as Equivalence
     from repnet.equivalence import FoldMismatchError as FoldMismatchError
     from repnet.equivalence import compare as compare
-    from repnet.proof import FoldReport as FoldReport
     from repnet.folding import reparameterize as reparameterize
+    from repnet.graph import reparameterize_graph as reparameterize_graph
     from repnet.kernel import ConvKernel as ConvKernel
     from repnet.kernel import NotFoldableError as NotFoldableError
     from repnet.models import create_model as create_model
     from repnet.models import list_models as list_models
+    from repnet.proof import FoldReport as FoldReport
+    from repnet.surgery import overparameterize as overparameterize
     from repnet.symbolic import kernel_of as kernel_of
+    from repnet.weights import convert_weights as convert_weights
+    from repnet.weights import load_weights as load_weights
 
 __version__ = "0.1.0"
 
@@ -30,15 +34,19 @@ _HOMES = {
     "FoldReport": "proof",
     "NotFoldableError": "kernel",
     "compare": "equivalence",
+    "convert_weights": "weights",
     "create_model": "models",
     "kernel_of": "symbolic",
     "list_models": "models",
     "load_checkpoint": "checkpoint",
     "load_deployed": "deploy.artifact",
+    "load_weights": "weights",
+    "overparameterize": "surgery",
     "reparameterize": "folding",
+    "reparameterize_graph": "graph",
     "save_deployed": "deploy.artifact",
 }
-_PACKAGES = ("blocks", "callbacks", "data", "layers", "models", "training")
+_PACKAGES = ("blocks", "callbacks", "data", "layers", "models", "training", "weights")
 
 __all__ = [*_HOMES, *_PACKAGES, "__version__"]
 

@@ -50,10 +50,12 @@ def as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
         weight = transpose_weight(weight, kernel.groups)
     if weight.ndim != 4:
         memory_format = torch.contiguous_format
+    given = {p.data_ptr() for p in like.parameters()}  # whose memory the layer must not share
     weight = weight.detach().contiguous(memory_format=memory_format)
+    weight = weight.clone() if weight.data_ptr() in given else weight
     conv.weight = nn.Parameter(weight, requires_grad=trainable)
     if kernel.bias is not None:
-        conv.bias = nn.Parameter(kernel.bias.detach(), requires_grad=trainable)
+        conv.bias = nn.Parameter(kernel.bias.detach().clone(), requires_grad=trainable)
     return layer.eval()
 
 

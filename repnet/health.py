@@ -68,7 +68,10 @@ def weight_health(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
 
 
 def _largest(tensor: Tensor) -> float:
-    return tensor.detach().abs().max().item() if tensor.numel() else 0.0
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(-low.item(), high.item())
 
 
 def _sentences(*kinds: tuple[list[str], str]) -> Iterator[str]:

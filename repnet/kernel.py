@@ -66,6 +66,8 @@ class ConvKernel:
     upsample: Sizes = ()
     groups: int = 1
 
+    _is_identity = False  # known to be, so that nothing need be multiplied
+
     def __post_init__(self) -> None:
         if not 2 <= self.weight.ndim <= 5:
             raise ValueError(f"weight must be 2-D to 5-D, got shape {tuple(self.weight.shape)}")
@@ -98,7 +100,9 @@ class ConvKernel:
     ) -> ConvKernel:
         """Return `x -> x`: a pointwise kernel with one group per channel, `(channels, 1, 1, 1)`."""
         weight = torch.ones(channels, 1, *(1,) * axes, dtype=dtype, device=device)
-        return cls(weight, groups=channels)
+        kernel = cls(weight, groups=channels)
+        object.__setattr__(kernel, "_is_identity", True)
+        return kernel
 
     @property
     def axes(self) -> int:
@@ -174,6 +178,11 @@ class ConvKernel:
         weight = weight.reshape(self.out_channels, self.in_channels // groups, *self.kernel_size)
         return replace(self, weight=weight, groups=groups)
 
+    def to(self, dtype: torch.dtype) -> ConvKernel:
+        """Return the same map with weight and bias in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
+
     def over(self, axes: int) -> ConvKernel:
         """Return the same channelwise map over another number of spatial axes.
 
@@ -207,6 +216,9 @@ class ConvKernel:
             raise NotFoldableError(
                 f"a map over {self.axes} spatial axes enters one over {other.axes}"
             )
+        if self._is_identity:
+            dtype = torch.promote_types(self.dtype, other.dtype)
+            return other if dtype == other.dtype else other.to(dtype)
         self._check_border(other)
         stride, padding, dilation, upsample = [], [], [], []
         taps: list[tuple[int, int]] = []  # lattice steps between the taps of self, of other

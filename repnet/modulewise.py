@@ -65,6 +65,11 @@ class _Surgery:
         for name, module in source.named_modules():
             for tensor in chain(module.parameters(False), module.buffers(False)):
                 self.owners[id(tensor)].add(name)
+        self.activations = [
+            name
+            for name, module in source.named_modules()
+            if type(module).__module__ == nn.ReLU.__module__
+        ]
         self.sketch = bare(source, device="meta").double()
         self.planned: dict[str, nn.Module] = {}  # the convolutions of blocks, without values
         self.replaced: dict[int, Any] = {}  # what stands in the copy, by identity of the original
@@ -98,7 +103,7 @@ class _Surgery:
     def _plan(self, module: nn.Module, name: str) -> None:
         """Decide for `module`, or else for its children, whether they are convolutions."""
         layers = [n for n, m in module.named_modules(prefix=name) if _owns_tensors(m)]
-        if len(layers) >= 2 or _computes_its_weight(module):
+        if (len(layers) >= 2 or _computes_its_weight(module)) and not self._activates(name):
             try:
                 self.planned[name] = self._sketch(module, name)
             except NotAffineError:
@@ -110,6 +115,10 @@ class _Surgery:
                 return
         for child_name, child in module.named_children():
             self._plan(child, f"{name}.{child_name}" if name else child_name)
+
+    def _activates(self, name: str) -> bool:
+        """Return whether an activation of torch runs inside, which saves trying the algebra."""
+        return any(_within(inner, name) and inner in self.calls for inner in self.activations)
 
     def _sketch(self, module: nn.Module, name: str) -> nn.Module:
         """Return the convolution that `module` would become, without values."""

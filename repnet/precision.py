@@ -27,11 +27,17 @@ class InFloat64(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") == "__get__":  # x.shape, x.dtype, x.data
             return _exact(func(*args, **(kwargs or {})))
-        args, kwargs = tree_map(_exact, (args, kwargs or {}))
-        return tree_map(_exact, func(*args, **kwargs))
+        return _exact(func(*_exact(args), **_exact(kwargs or {})))
 
 
 def _exact(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(torch.float64)
+    """Return `value` with its floating-point tensors in float64; quicker than a pytree."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float64) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)([_exact(v) for v in value])
+    if type(value) is dict:
+        return {key: _exact(v) for key, v in value.items()}
+    if isinstance(value, tuple | list | dict):  # a named tuple, or a container of someone's own
+        return tree_map(_exact, value)
     return value

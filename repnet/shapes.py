@@ -86,11 +86,9 @@ def _observe(model: nn.Module, inputs: Inputs) -> dict[str, Calls]:
             upsampling = isinstance(
                 module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
             )
-            positions = before if upsampling else after
-            channels = module.in_channels if upsampling else after[1]
-            if isinstance(module, nn.Linear):
-                channels = after[-1]
-            call.multiplications = positions.numel() // channels * module.weight.numel()
+            shape = before if upsampling else after
+            positions = shape.numel() // shape[-1 if isinstance(module, nn.Linear) else 1]
+            call.multiplications = positions * module.weight.numel()
 
     model.eval()
     for module in names:

@@ -55,8 +55,19 @@ def find_chains(
         producer: whether a module is a convolution or linear layer.
         name: of `model` in the whole.
     """
-    if name not in calls or not any(producer(m) for m in model.modules()):
-        return
+    layers = [m for m in model.modules() if producer(m)]
+    inside = {m for layer in layers for m in layer.modules()}
+    if (
+        name not in calls
+        or not layers
+        or not any(
+            True
+            for m in model.modules()
+            if m not in inside
+            for _ in chain(m.parameters(False), m.buffers(False))
+        )
+    ):
+        return  # no convolution, or nothing with statistics or weights that could go into one
     prefix = f"{name}." if name else ""
     try:
         graph = record(model, calls[name].inputs, lambda m: producer(m) or _is_leaf(m)).graph
@@ -203,14 +214,14 @@ def _keeps_channels(begin: fx.Node, end: fx.Node, channel_axis: int) -> bool:
     """Return whether axis 1 at `end` is the channel axis of `begin`, however values were moved."""
     path = [end]
     while path[-1] is not begin:
-        path.append(path[-1].args[0])  # type: ignore[arg-type]
+        path.append(path[-1].all_input_nodes[0])
     shape = begin.meta["shape"]
     axis_shape = [1] * len(shape)
     axis_shape[channel_axis] = -1
     labels = torch.arange(shape[channel_axis]).reshape(axis_shape).expand(shape)
     for node in reversed(path[:-1]):
         if node.op != "call_module":  # what is called is channelwise
-            labels = run_node(nn.Module(), node, {node.args[0]: labels})
+            labels = run_node(nn.Module(), node, {node.all_input_nodes[0]: labels})
     channels = torch.arange(shape[channel_axis]).reshape(-1, *(1,) * (labels.ndim - 2))
     return labels.ndim > 1 and labels.shape[1] == len(channels) and bool((labels == channels).all())
 

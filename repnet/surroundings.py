@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from repnet.kernel import NotFoldableError
 from repnet.symbolic import twin
@@ -31,7 +32,7 @@ def prepared(model: nn.Module) -> nn.Module:
         if isinstance(module, ScriptModule):
             raise NotFoldableError(f"{where} is a ScriptModule; fold first, then script")
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if isinstance(tensor, UninitializedTensorMixin):
                 raise NotFoldableError(f"{where} has no shape yet; run the model once")
             if tensor is not None and _is_packed(tensor):
                 raise NotFoldableError(
@@ -67,6 +68,6 @@ def _uncompiled(model: nn.Module) -> nn.Module:
         return _uncompiled(model._orig_mod)  # type: ignore[arg-type]
     replaced: dict[int, Any] = {}
     for wrapper in reversed(wrappers):  # the innermost first
-        replaced[id(wrapper)] = twin(wrapper._orig_mod, replaced=replaced)  # type: ignore[arg-type]
+        replaced[id(wrapper)] = twin(wrapper._orig_mod, replaced=replaced)
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
     return twin(model, replaced=replaced) if wrappers or compiled else model

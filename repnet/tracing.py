@@ -96,7 +96,8 @@ def run_node(model: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> 
             return torch.empty(argument.meta["shape"], device="meta")
         return argument.meta["value"]
 
-    args, kwargs = (map_arg(arguments, value) for arguments in (node.args, node.kwargs))
+    args: Any = map_arg(node.args, value)
+    kwargs: Any = map_arg(node.kwargs, value)
     if node.op == "call_module":
         return model.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_method":
@@ -131,6 +132,8 @@ class _Proxy(fx.Proxy):
     """Stands for a value of the run, and knows it."""
 
     value: Any
+    tracer: _Recorder
+    __getitem__: Callable[..., Any]  # set by fx, like every operator
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.value, name)
@@ -232,8 +235,7 @@ class _Recorder(fx.Tracer):
 
     def _placeholder(self, name: str, value: Any) -> _Proxy:
         proxy = self.create_proxy("placeholder", name, (), {})
-        self._keep(proxy, value)
-        return proxy
+        return self._keep(proxy, value)
 
     def proxy(self, node: fx.Node) -> _Proxy:
         return _Proxy(node, self)
@@ -246,12 +248,13 @@ class _Recorder(fx.Tracer):
             self._keep(proxy, self._run(kind, target, _values(args), _values(kwargs)))
         return proxy
 
-    def _keep(self, proxy: _Proxy, value: Any) -> None:
+    def _keep(self, proxy: Any, value: Any) -> _Proxy:
         proxy.value = value
         if isinstance(value, Tensor):
             proxy.node.meta["shape"] = value.shape
         else:
             proxy.node.meta["value"] = value
+        return proxy
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "call_method":

@@ -58,7 +58,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 # Round trips
 
 
-@pytest.mark.parametrize("block", choices("block"))
+@pytest.mark.parametrize("block", [name for name in choices("block") if name != "transposed"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -316,7 +316,7 @@ def test_choices_are_files_and_an_unknown_one_is_an_error() -> None:
     assert "repvgg" in choices("block")
     assert load_choice("block", "repvgg")["_target_"] == "repnet.blocks.RepVGGBlock"
     for name in ("repvg", "../block/repvgg", "repvgg.yaml", ""):
-        with pytest.raises(InputError, match="Choose one of: composed, .*repvgg"):
+        with pytest.raises(InputError, match="Choose one of: ac, composed, .*repvgg"):
             load_choice("block", name)
 
 
