@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from repnet.convolution import Layer, as_module
 from repnet.equivalence import BlockError, Inputs, relative_difference
 from repnet.kernel import ConvKernel, NotFoldableError
-from repnet.modulewise import bare, copy_with
+from repnet.modulewise import bare, copy_with, why_left
 from repnet.precision import InFloat64
 from repnet.proof import Fold, FoldReport, prove
 from repnet.scaling import absorb
@@ -153,14 +153,12 @@ class _Conversion:
     def _unchanged(self, module: nn.Module, name: str) -> nn.Module:
         for inner, m in module.named_modules(prefix=name):
             if isinstance(m, _BatchNorm):
-                run = inner in self.calls
-                self.leave(inner, None if run else "it was not run on the example input")
+                self.leave(inner, why_left(m, inner in self.calls))
         return copy_with(module, {})
 
-    def leave(self, name: str, reason: str | None = None) -> None:
+    def leave(self, name: str, reason: str) -> None:
         """Report a norm that remains."""
         self.report.left.append(name)
-        reason = reason or "no convolution before it feeds it alone"
         self.report.skipped.setdefault(name, reason)
 
 
@@ -224,11 +222,12 @@ class _Folding:
         self._measure(original, {end: (root, name) for root, end, name in checks})
         for node in self.graph.nodes:
             if node.op == "call_module" and isinstance(self._module(node), _BatchNorm):
-                self.conversion.leave(self.prefix + str(node.target))
+                reason = why_left(self._module(node), True)
+                self.conversion.leave(self.prefix + str(node.target), reason)
             elif node.target is functional.batch_norm:
                 statistics = node.args[1] if len(node.args) > 1 else None
                 owner = str(getattr(statistics, "target", node.name)).rpartition(".")[0]
-                self.conversion.leave(self.prefix + owner)
+                self.conversion.leave(self.prefix + owner, "no convolution alone feeds it")
         folded = fx.GraphModule(self.model, self.graph, type(self.model).__name__)
         for node in folded.graph.nodes:
             node.meta.clear()  # shapes of the example

@@ -146,6 +146,8 @@ class _Surgery:
 
     def _is_plain(self, module: nn.Module, name: str) -> bool:
         """Return whether layers follow each other and a norm comes last, as in plain networks."""
+        if hasattr(module, "original_bias"):  # it took the place of a convolution
+            return False
         layers = [m for m in module.children() if not isinstance(m, nn.Identity)]
         if isinstance(module, nn.Sequential) and layers and isinstance(layers[-1], _BatchNorm):
             return True
@@ -266,12 +268,21 @@ class _Surgery:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
                 self.report.left.append(name)
-                reason = "no convolution before it feeds it alone"
+                reason = why_left(module, name in self.calls)
                 if self.norms == "keep":
                     reason = "norms='keep'"
-                if name not in self.calls:
-                    reason = "it was not run on the example input"
                 self.report.skipped.setdefault(name, reason)
+
+
+def why_left(norm: nn.Module, run: bool) -> str:
+    """Return why a batch norm remains that no chain or region took in."""
+    if not run:
+        return "it was not run on the example input"
+    try:
+        split(bare(norm, device="meta"), norm.num_features, 2, torch.device("meta"))  # type: ignore
+    except NotFoldableError as error:
+        return str(error)
+    return "no convolution before it feeds it alone"
 
 
 def bare(module: nn.Module, *, device: str | None = None) -> nn.Module:

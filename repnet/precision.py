@@ -34,6 +34,8 @@ def _exact(value: Any) -> Any:
     """Return `value` with its floating-point tensors in float64; quicker than a pytree."""
     if isinstance(value, Tensor):
         return value.to(torch.float64) if value.is_floating_point() else value
+    if isinstance(value, torch.Size):
+        return value
     if type(value) in (tuple, list):
         return type(value)([_exact(v) for v in value])
     if type(value) is dict:

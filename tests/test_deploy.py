@@ -122,15 +122,15 @@ def test_settings_that_make_no_sense_are_bad_input(
 
 WRONG_KERNEL = """
 import dataclasses, sys
-import repnet.folding
+import repnet.modulewise
 from repnet.cli.deploy import main
 
-original, count = repnet.folding.kernel_of, 0
+original, count = repnet.modulewise.kernel_of, 0
 
-def kernel_of(module, in_channels):
+def kernel_of(module, in_channels, **options):
     global count
-    kernel = original(module, in_channels)
-    count += type(module).__name__ == "Sum"
+    kernel = original(module, in_channels, **options)
+    count += type(module).__name__ == "Sum" and not kernel.weight.is_meta
     if count == 2:
         count += 1
         weight = kernel.weight.clone()
@@ -138,7 +138,7 @@ def kernel_of(module, in_channels):
         kernel = dataclasses.replace(kernel, weight=weight)
     return kernel
 
-repnet.folding.kernel_of = kernel_of
+repnet.modulewise.kernel_of = kernel_of
 sys.argv = ["deploy.py", "ckpt={checkpoint}"]
 main()
 """

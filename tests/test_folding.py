@@ -470,8 +470,8 @@ def test_half_precision_weights_are_folded_in_float64(x: Tensor) -> None:
         ("another user of the convolution", "norm", "no convolution before it feeds it alone"),
         ("unused head", "head", "it was not run on the example input"),
         ("weight from its own size", "1", "its output does not scale with its weight"),
-        ("norm before padding", "", "pads its input with zeros"),
-        ("norm of its batch", "", "without running statistics"),
+        ("norm before padding", "0", "no convolution before it feeds it alone"),
+        ("norm of its batch", "1", "without running statistics"),
     ],
 )
 def test_the_reason_is_given(name: str, module: str, reason: str, x: Tensor) -> None:
