@@ -477,23 +477,26 @@ def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[tuple[int, int]
         taps: per axis, the lattice steps between the taps of `first` and of `second`.
     """
     dtype = torch.promote_types(first.dtype, second.dtype)
-    groups, axes = first.groups, first.axes
-    # The output channels of each group are the batch: (out / groups, middle, kh, kw).
-    outputs = second.weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-    inputs = first.weight
-    if axes == 0:  # a matrix product is the convolution of one sample
-        outputs, inputs, taps = outputs.unsqueeze(-1), inputs.unsqueeze(-1), [(1, 1)]
-    convolve = TRANSPOSED[inputs.ndim - 2]
+    groups = first.groups
+    outer = second.weight.to(dtype).unflatten(0, (groups, -1))  # (groups, out / groups, middle, ..)
+    inner = first.weight.to(dtype)
+    if first.is_pointwise:  # a product of matrices, which is many times faster
+        matrices = inner.flatten(1).unflatten(0, (groups, -1))
+        return torch.einsum("gom...,gmi->goi...", outer, matrices).flatten(0, 1)
+    if second.is_pointwise:
+        kernels = inner.unflatten(0, (groups, -1))
+        return torch.einsum("gom,gmi...->goi...", outer.flatten(2), kernels).flatten(0, 1)
+    convolve = TRANSPOSED[first.axes]
     assert convolve is not None
+    # The output channels of each group are the batch: (out / groups, middle, kh, kw).
     merged = convolve(
-        outputs.to(dtype),
-        inputs.to(dtype),
+        outer.transpose(0, 1).flatten(1, 2),
+        inner,
         stride=[step for _, step in taps],
         dilation=[step for step, _ in taps],
         groups=groups,
     )
-    merged = merged.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-    return merged.squeeze(-1) if axes == 0 else merged
+    return merged.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _scale_inputs(kernel: ConvKernel, scale: Tensor) -> Tensor:
