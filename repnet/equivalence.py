@@ -31,6 +31,17 @@ class FoldMismatchError(RuntimeError):
         self.equivalence = equivalence
 
 
+# Largest relative error of a block, and of the outputs, by the dtype that both models ran in. In
+# float64 a fold adds about 1e-15, in the others as much as any other order of summing does; errors
+# of all blocks together grow in deep nets, so that the outputs get more room.
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-6),
+    torch.float32: (1e-4, 1e-3),
+    torch.float16: (2e-2, 5e-2),
+    torch.bfloat16: (1e-1, 2e-1),
+}
+
+
 @dataclass(frozen=True)
 class BlockError:
     """The relative error that one replaced module adds, given the reference's own input."""
@@ -52,6 +63,7 @@ class Equivalence:
         rest_error: the same as `max_relative_error` where every such module returns what its
             original did: what the rest adds. It is the proof where the outputs jump, as the order
             of detections with equal scores does.
+        dtype: of the outputs, the least precise one.
     """
 
     samples: int
@@ -60,17 +72,27 @@ class Equivalence:
     agreement: float
     blocks: tuple[BlockError, ...]
     rest_error: float = 0.0
+    dtype: torch.dtype = torch.float64
 
     def first_difference(self, tolerance: float) -> BlockError | None:
         """Return the first block in execution order with an error above `tolerance` (or NaN)."""
         return next((b for b in self.blocks if not b.relative_error <= tolerance), None)
 
-    def check(self, block_tolerance: float, output_tolerance: float) -> None:
+    def check(
+        self, block_tolerance: float | None = None, output_tolerance: float | None = None
+    ) -> None:
         """Do nothing if all errors are within tolerance.
+
+        Args:
+            block_tolerance: largest relative error of a block; None for that of the dtype.
+            output_tolerance: largest relative error of the outputs; None for that of the dtype.
 
         Raises:
             FoldMismatchError: an error is larger; it names the first block that differs.
         """
+        usual = TOLERANCES.get(self.dtype, TOLERANCES[torch.bfloat16])
+        block_tolerance = usual[0] if block_tolerance is None else block_tolerance
+        output_tolerance = usual[1] if output_tolerance is None else output_tolerance
         block = self.first_difference(block_tolerance)
         if block is not None:
             raise FoldMismatchError(
@@ -120,6 +142,7 @@ def compare(
     errors = dict.fromkeys(names, 0.0)
     order: list[str] = []
     samples, agreeing, max_error, max_relative_error, rest_error = 0, 0, 0.0, 0.0, 0.0
+    dtype = torch.float64
     with torch.no_grad(), evaluating(reference), evaluating(candidate):
         for batch in batches:
             inputs = Inputs.of(batch)
@@ -136,6 +159,8 @@ def compare(
                 ) from error
             order += [name for name in outputs if name not in order]
             rest_error = _worse(rest_error, relative_difference(expected, replayed))
+            outputs_of_both = (*_tensors(expected), *_tensors(actual))
+            dtype = max((dtype, *(t.dtype for t in outputs_of_both)), key=_coarseness)
             difference, scale = _difference(expected, actual)
             max_error = _worse(max_error, difference)
             max_relative_error = _worse(max_relative_error, _ratio(difference, scale))
@@ -145,7 +170,7 @@ def compare(
         raise ValueError("there is nothing to compare: no batch, or no tensor in the outputs")
     blocks = tuple(BlockError(name or type(reference).__name__, errors[name]) for name in order)
     agreement = agreeing / samples
-    return Equivalence(samples, max_error, max_relative_error, agreement, blocks, rest_error)
+    return Equivalence(samples, max_error, max_relative_error, agreement, blocks, rest_error, dtype)
 
 
 @dataclass(frozen=True)
@@ -302,6 +327,10 @@ def _agreement(expected: Any, actual: Any) -> tuple[int, int]:
         return samples, samples  # no classes to choose from, such as boxes of a detector
     same = (a.argmax(1) == b.argmax(1)).reshape(len(a), -1).all(1)
     return len(a), int(same.sum())
+
+
+def _coarseness(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -60,8 +60,8 @@ def overparameterize(
             part called `conv` is taken.
         where: a glob for names (`*` matches dots, too), a predicate of `(name, module)`, a type (of
             the convolution, or of a module around it), or a list of these, of which any may hold.
-            None selects whatever is not pointwise. What a name or a predicate selects must be
-            possible; with a type or None, convolutions that the block cannot represent stay.
+            None selects what is neither pointwise nor grouped. What a name or a predicate selects
+            must be possible; with a type or None, what the block cannot represent stays.
         init: "preserve" for further training; "paper" leaves the branches at their own
             initialization, for training from scratch.
         batches: with "preserve", a few inputs or `(input, target)` pairs, on the model's device,
@@ -168,7 +168,11 @@ def _select(
 ) -> dict[str, tuple[nn.Conv2d, bool]]:
     """Return the selected convolutions, each with whether it was named rather than only found."""
     if where is None:
-        return {n: (c, False) for n, c in convolutions.items() if c.kernel_size != (1, 1)}
+        return {
+            name: (conv, False)
+            for name, conv in convolutions.items()
+            if conv.kernel_size != (1, 1) and conv.groups == 1
+        }
     selected: dict[str, tuple[nn.Conv2d, bool]] = {}
     for condition in (
         where if isinstance(where, Sequence) and not isinstance(where, str) else [where]

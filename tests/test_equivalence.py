@@ -310,3 +310,15 @@ class Detector(nn.Module):
 def test_outputs_may_be_empty():
     result = compare(Detector(), Detector(), torch.zeros(1, 3, 8, 8))
     assert (result.samples, result.agreement, result.max_relative_error) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_limits_follow_the_dtype(dtype: torch.dtype, model: nn.Module, x: Tensor) -> None:
+    model, x = model.to(dtype), x.to(dtype)
+    folded = reparameterize(model, x)
+    result = compare(model, folded, x)
+    assert result.dtype == dtype
+    result.check()
+    folded[1].conv.weight.data[0, 0, 1, 1] += 1
+    with pytest.raises(FoldMismatchError, match=r"1\.conv"):
+        compare(model, folded, x).check()

@@ -103,7 +103,7 @@ def test_the_folded_kernel_is_the_old_one(
     name: str, shape: tuple[int, int, int, int], bias: bool
 ) -> None:
     old = convolution(name, *shape, bias=bias)
-    new = overparameterize(old, name)
+    new = overparameterize(old, name, where=nn.Conv2d)
     assert_same_kernel(new, old)
     assert new.original_bias is bias
     if name != "plain":
@@ -118,14 +118,14 @@ def test_any_block_statistics_and_scales_are_taken_into_account(name: str) -> No
     def block(*args: int, **options: int) -> nn.Module:
         return randomize_batch_norm(make(*args, **options))
 
-    assert_same_kernel(overparameterize(old, block), old)
+    assert_same_kernel(overparameterize(old, block, where=nn.Conv2d), old)
 
 
 @every_block
 def test_batches_make_training_mode_start_at_the_same_function(name: str) -> None:
     old = convolution(name, groups=1)
     batches = [3 * images(16, 4, 9, 9) + 1 for _ in range(4)]
-    new = overparameterize(old, name, batches=iter(batches))
+    new = overparameterize(old, name, where=nn.Conv2d, batches=iter(batches))
     assert_same_kernel(new, old)
     x = torch.cat(batches)
     assert new.training
@@ -134,7 +134,7 @@ def test_batches_make_training_mode_start_at_the_same_function(name: str) -> Non
     error = (new(x) - expected).std()
     assert error < 0.1 * expected.std()
     if [m for m in new.modules() if isinstance(m, nn.BatchNorm2d)]:
-        blind = overparameterize(old, name)
+        blind = overparameterize(old, name, where=nn.Conv2d)
         assert (blind(x) - expected).std() > 3 * error
         assert all(m.momentum == 0.1 for m in new.modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -147,7 +147,7 @@ def test_a_trained_network_folds_back(name: str) -> None:
         nn.Conv2d(4, 4, size, padding=size // 2), nn.ReLU(),
     ).double()  # fmt: skip
     x = images(2, 3, 9, 9, dtype=torch.float64)
-    new = overparameterize(old, name)
+    new = overparameterize(old, name, where=nn.Conv2d)
     assert relative_error(old.eval()(x), new.eval()(x)) < 1e-12
     randomize_batch_norm(train(randomize_batch_norm(new), x))
     folded = reparameterize(new, x, norms="keep")
@@ -158,7 +158,7 @@ def test_a_trained_network_folds_back(name: str) -> None:
 
 @every_block
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    new = overparameterize(convolution(name), name)
+    new = overparameterize(convolution(name), name, where=nn.Conv2d)
     new(images(2, 4, 9, 9)).square().mean().backward()
     assert [n for n, p in new.named_parameters() if p.grad is None] == []
 
@@ -346,3 +346,9 @@ def assert_comes_back(model: nn.Module, block: str) -> None:
     fresh.load_state_dict(folded.state_dict(), strict=True)
     assert relative_error(new(x), fresh(x)) < 1e-10
     assert relative_error(old(x), fresh(x)) > 1e-6
+
+
+def test_grouped_convolutions_are_replaced_only_when_asked() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 8, 3, padding=1))
+    assert set(inserted_blocks(overparameterize(model))) == {"1"}
+    assert set(inserted_blocks(overparameterize(model, where="*"))) == {"0", "1"}

@@ -23,11 +23,11 @@ from repnet.deploy.artifact import save_deployed
 from repnet.deploy.evaluation import Evaluation, evaluate
 from repnet.deploy.latency import measure_latency
 from repnet.deploy.report import write_html
-from repnet.equivalence import Equivalence, FoldMismatchError
+from repnet.equivalence import TOLERANCES, Equivalence, FoldMismatchError
 from repnet.errors import InputError
 from repnet.files import sha256, write_json
 from repnet.folding import reparameterize
-from repnet.proof import BLOCK_TOLERANCE, OUTPUT_TOLERANCE, FoldReport
+from repnet.proof import FoldReport
 from repnet.spec import build
 
 PROOF_SAMPLES = 8  # real images on which every block is compared in float64
@@ -208,7 +208,8 @@ def _report_fold(report: dict[str, Any], fold: FoldReport) -> None:
 def _report_proof(report: dict[str, Any], proof: Equivalence) -> None:
     report["max_relative_error"] = proof.max_relative_error
     report["blocks"] = [asdict(block) for block in proof.blocks]
-    report["tolerance"] = {"block": BLOCK_TOLERANCE, "output": OUTPUT_TOLERANCE}
+    block, output = TOLERANCES[torch.float64]
+    report["tolerance"] = {"block": block, "output": output}
 
 
 def _report_evaluation(report: dict[str, Any], evaluation: Evaluation) -> None:
