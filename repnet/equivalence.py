@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -148,22 +148,23 @@ def compare(
             inputs = Inputs.of(batch)
             outputs: dict[str, list[Any]] = {}
             with _recorded(reference, names, outputs):
-                expected = inputs(reference)
+                expected = _seeded(inputs, reference)
             try:
                 with _replayed(candidate, names, outputs, errors):
-                    replayed = inputs(candidate)
-                actual = inputs(candidate)
+                    replayed = _seeded(inputs, candidate)
+                actual = _seeded(inputs, candidate)
             except Exception as error:  # forward is anyone's code
                 raise FoldMismatchError(
                     f"the candidate does not run: {error}; it replaces {', '.join(names)}"
                 ) from error
             order += [name for name in outputs if name not in order]
             rest_error = _worse(rest_error, relative_difference(expected, replayed))
-            outputs_of_both = (*_tensors(expected), *_tensors(actual))
-            dtype = max((dtype, *(t.dtype for t in outputs_of_both)), key=_coarseness)
-            difference, scale = _difference(expected, actual)
+            both = (*_tensors(expected), *_tensors(actual))
+            dtypes = {t.dtype for t in both if t.is_floating_point()}
+            dtype = max((dtype, *dtypes), key=_coarseness)
+            difference, relative = _difference(expected, actual)
             max_error = _worse(max_error, difference)
-            max_relative_error = _worse(max_relative_error, _ratio(difference, scale))
+            max_relative_error = _worse(max_relative_error, relative)
             n, same = _agreement(expected, actual)
             samples, agreeing = samples + n, agreeing + same
     if samples == 0:
@@ -228,6 +229,13 @@ def _kind(module: nn.Module) -> object:
     return (type(module), len(layers)) if padded else type(module)
 
 
+def _seeded(inputs: Inputs, model: nn.Module) -> Any:
+    """Return what the model returns, with the same random numbers every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return inputs(model)
+
+
 @contextmanager
 def _recorded(model: nn.Module, names: list[str], outputs: dict[str, list[Any]]) -> Iterator[None]:
     """Append what each named module returns to `outputs[name]`."""
@@ -262,7 +270,7 @@ def _replayed(
             if expected is None:  # called more often than its original
                 errors[name] = float("inf")
                 return output
-            errors[name] = _worse(errors[name], _ratio(*_difference(expected, output)))
+            errors[name] = _worse(errors[name], relative_difference(expected, output))
             if isinstance(expected, Tensor) and isinstance(output, Tensor):
                 return expected.to(output)
             return expected
@@ -281,21 +289,44 @@ def _replayed(
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """Return `max |expected - actual| / max |expected|` over all tensors of two outputs."""
-    return _ratio(*_difference(expected, actual))
+    """Return the largest over all tensors of two outputs of `max |difference| / max |expected|`.
+
+    Of tensors that are not floating-point it is the fraction of the entries that differ.
+    """
+    return _difference(expected, actual)[1]
 
 
 def _difference(expected: Any, actual: Any) -> tuple[float, float]:
-    """Return the largest absolute difference and the largest absolute reference value."""
-    error, scale = 0.0, 0.0
+    """Return the largest absolute difference, and the largest relative one, of all tensors."""
     theirs, ours = _tensors(expected), _tensors(actual)
-    if [t.shape for t in theirs] != [t.shape for t in ours]:
-        return float("inf"), 1.0
-    for a, b in zip(theirs, ours, strict=True):
-        if a.numel():
-            error = _worse(error, (a.double() - b.to(a.device).double()).abs().max().item())
-            scale = _worse(scale, a.double().abs().max().item())
-    return error, scale
+    if [(t.shape, t.is_floating_point()) for t in theirs] != [
+        (t.shape, t.is_floating_point()) for t in ours
+    ]:
+        return float("inf"), float("inf")
+    measured = [_differ(a, b.to(a.device)) for a, b in zip(theirs, ours, strict=True) if a.numel()]
+    # What is zero but for rounding has no scale of its own.
+    floor = 1e-7 * max((scale for _, scale in measured), default=0.0)
+    error, ratio = 0.0, 0.0
+    for difference, scale in measured:
+        error = _worse(error, difference)
+        ratio = _worse(ratio, _ratio(difference, max(scale, floor)))
+    return error, ratio
+
+
+def _differ(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+    """Return the largest absolute difference of two tensors, and the largest finite entry.
+
+    Masked entries, infinite in both, are equal; where nothing is finite, nothing is known. Of
+    numbers that are not floating-point they are the fraction that differs, and 1.
+    """
+    if not expected.is_floating_point():
+        return (expected != actual).double().mean().item(), 1.0
+    a, b = expected.double(), actual.double()
+    difference = torch.where(a == b, 0.0, (a - b).abs())  # infinities may be equal
+    scale = torch.where(a.isfinite(), a.abs(), 0.0)
+    if not a.isfinite().any():
+        return float("nan"), 0.0
+    return difference.max().item(), scale.max().item()
 
 
 def _clone(x: Any) -> Any:
@@ -323,6 +354,8 @@ def _agreement(expected: Any, actual: Any) -> tuple[int, int]:
     if [t.shape for t in theirs] != [t.shape for t in ours]:
         return samples, 0
     a, b = theirs[0], ours[0].to(theirs[0].device)
+    if a.dtype == torch.bool:
+        a, b = a.int(), b.int()
     if not isinstance(expected, Tensor) or a.ndim < 2 or not a.numel():
         return samples, samples  # no classes to choose from, such as boxes of a detector
     same = (a.argmax(1) == b.argmax(1)).reshape(len(a), -1).all(1)
@@ -334,4 +367,11 @@ def _coarseness(dtype: torch.dtype) -> float:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    """Return the tensors in an output, complex ones as pairs of numbers."""
+    found = []
+    for leaf in tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+        elif isinstance(leaf, Tensor):
+            found.append(torch.view_as_real(leaf) if leaf.is_complex() else leaf)
+    return found

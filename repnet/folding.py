@@ -39,6 +39,7 @@ def reparameterize(
 ) -> tuple[nn.Module, FoldReport]: ...
 
 
+@torch.inference_mode(False)  # the result is to be trained, where it is wanted
 def reparameterize(
     model: nn.Module,
     example_input: Any,

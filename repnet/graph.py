@@ -11,12 +11,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from repnet.convolution import Layer, as_module
-from repnet.equivalence import BlockError, Inputs, relative_difference
+from repnet.equivalence import TOLERANCES, BlockError, Inputs, compare, relative_difference
 from repnet.kernel import ConvKernel, NotFoldableError
 from repnet.modulewise import bare, copy_with, why_left
 from repnet.precision import InFloat64
@@ -26,7 +27,7 @@ from repnet.shapes import observe, without_values
 from repnet.siblings import follow, split
 from repnet.surroundings import has_hooks, prepared
 from repnet.symbolic import twin
-from repnet.tracing import RecordingError, record, run_node
+from repnet.tracing import RecordingError, arguments_of, record, run_node, same_as_recorded, tidy
 
 UPSAMPLING = (
     functional.conv_transpose1d,
@@ -56,6 +57,7 @@ def reparameterize_graph(
 ) -> tuple[nn.Module, FoldReport]: ...
 
 
+@torch.inference_mode(False)  # the result is to be trained, where it is wanted
 def reparameterize_graph(
     model: nn.Module, example_input: Any, *, return_report: bool = False
 ) -> nn.Module | tuple[nn.Module, FoldReport]:
@@ -114,6 +116,7 @@ class _Conversion:
         self.report = FoldReport(method="graph")
         self.made: list[tuple[nn.Module, torch.dtype]] = []
         self.errors: list[BlockError] = []
+        self.failures: dict[str, str] = {}  # reasons of modules that cannot be recorded
 
     def convert(self, name: str) -> nn.Module:
         """Return a graph of the module, or a copy with graphs in it where it has none."""
@@ -127,19 +130,24 @@ class _Conversion:
         inputs = self.inputs if name == "" else _with_values(self.calls[name].inputs, like)
         try:
             recording = record(_evaluated(module), inputs.to(like.dtype), _is_leaf)
+            graph = fx.GraphModule(recording.root, recording.graph, type(module).__name__)
+            _check_recording(_evaluated(module), graph, inputs)
         except RecordingError as error:
-            self.report.skipped[name] = f"its forward cannot be recorded: {error}"
+            self._fail(name, str(error))
             return self._with_parts(module, name)
-        graph = fx.GraphModule(recording.root, recording.graph, type(module).__name__)
+        _guard_dimensions(graph.graph)
         prefix = f"{name}." if name else ""
         for inner in {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}:
             if inner in recording.opaque or _holds_modules(module.get_submodule(inner)):
                 if reason := recording.opaque.get(inner):
-                    reason = f"its forward cannot be recorded: {reason}"
-                    self.report.skipped[prefix + inner] = reason
+                    self._fail(prefix + inner, reason)
                 parts = self._with_parts(module.get_submodule(inner), prefix + inner)
                 graph.set_submodule(inner, parts)
         return _Folding(graph, prefix, inputs, self).fold()
+
+    def _fail(self, name: str, reason: str) -> None:
+        self.failures[name] = reason
+        self.report.skipped[name] = f"its forward cannot be recorded: {reason}"
 
     def _with_parts(self, module: nn.Module, name: str) -> nn.Module:
         children = {
@@ -153,7 +161,7 @@ class _Conversion:
     def _unchanged(self, module: nn.Module, name: str) -> nn.Module:
         for inner, m in module.named_modules(prefix=name):
             if isinstance(m, _BatchNorm):
-                self.leave(inner, why_left(m, inner in self.calls))
+                self.leave(inner, why_left(m, inner, inner in self.calls, self.failures))
         return copy_with(module, {})
 
     def leave(self, name: str, reason: str) -> None:
@@ -178,10 +186,15 @@ class _Region:
         """What two regions share if they are two runs of the same layers."""
         order = {node: n for n, node in enumerate([self.root, *self.nodes])}
 
-        def sources(node: fx.Node) -> tuple[Any, ...]:
-            return tuple(order.get(i, str(i.target)) for i in node.all_input_nodes)
+        def written(node: fx.Node) -> str:
+            """Return a node with all its arguments, down to the tensors of the model."""
+            arguments = map_arg(
+                (node.args, node.kwargs), lambda i: order.get(i) or _Text(written(i))
+            )
+            return f"{node.op} {node.target}{arguments}"
 
-        return tuple((node.op, str(node.target), sources(node)) for node in self.nodes)
+        order[self.root] = -1
+        return tuple(written(node) for node in self.nodes)
 
 
 class _Folding:
@@ -200,6 +213,7 @@ class _Folding:
         self.sketch = bare(model, device="meta").double()
         self.constants: dict[fx.Node, Any] = {}  # values of nodes that no input reaches
         self.users: dict[str, list[fx.Node]] = defaultdict(list)  # of modules and tensors
+        self.changing = [node for node in self.graph.nodes if "changes" in node.meta]
         for node in self.graph.nodes:
             if node.op in ("call_module", "get_attr"):
                 self.users[str(node.target)].append(node)
@@ -216,14 +230,15 @@ class _Folding:
         made = [(region, region.signature) for region in self._regions()]  # before it changes
         names = {key: self._make(region) for key, region in {k: r for r, k in made}.items()}
         checks = [self._replace(region, names[key]) for region, key in made]
-        self.graph.eliminate_dead_code()
+        tidy(self.graph)
         checks += [check for node in list(self.graph.nodes) for check in self._absorb(node)]
-        self.graph.eliminate_dead_code()
+        tidy(self.graph)
         self._measure(original, {end: (root, name) for root, end, name in checks})
         for node in self.graph.nodes:
             if node.op == "call_module" and isinstance(self._module(node), _BatchNorm):
-                reason = why_left(self._module(node), True)
-                self.conversion.leave(self.prefix + str(node.target), reason)
+                name = self.prefix + str(node.target)
+                reason = why_left(self._module(node), name, True, self.conversion.failures)
+                self.conversion.leave(name, reason)
             elif node.target is functional.batch_norm:
                 statistics = node.args[1] if len(node.args) > 1 else None
                 owner = str(getattr(statistics, "target", node.name)).rpartition(".")[0]
@@ -231,7 +246,8 @@ class _Folding:
         folded = fx.GraphModule(self.model, self.graph, type(self.model).__name__)
         for node in folded.graph.nodes:
             node.meta.clear()  # shapes of the example
-        return folded.eval()
+        # Of its own, but for what is new.
+        return copy_with(folded, {id(layer): layer for layer, _ in self.conversion.made})
 
     # Which nodes are one convolution
 
@@ -299,6 +315,8 @@ class _Folding:
             user not in inside for node in region.nodes[:-1] for user in node.users
         ):
             return False
+        if self._changes_within(region):
+            return False
         convolutions = [(n, w) for n in region.nodes if (w := self._weight(n)) is not None]
         if not convolutions or any(
             has_hooks(self._module(n)) for n in region.nodes if n.op == "call_module"
@@ -315,6 +333,19 @@ class _Folding:
         shape = (region.root if max((1, *kernel.upsample)) > 1 else region.end).meta["shape"]
         new_size = kernel.weight.numel()
         return new_size <= size and new_size * (shape.numel() // shape[1]) <= cost
+
+    def _changes_within(self, region: _Region) -> bool:
+        """Return whether the root is changed in place while the region still reads it."""
+        if not self.changing:
+            return False
+        order = {node: n for n, node in enumerate(self.graph.nodes)}
+        first, last = order[region.nodes[0]], order[region.end]
+        return any(
+            region.root in node.meta["changes"]
+            and first <= order[node] <= last
+            and (node not in region.nodes or node.meta.get("kept"))
+            for node in self.changing
+        )
 
     def _is_everywhere(self, region: _Region, twins: list[_Region]) -> bool:
         """Return whether every use of the region's layers is in a region of the same layers."""
@@ -429,7 +460,12 @@ class _Folding:
     def _absorb(self, node: fx.Node) -> list[tuple[str, str, str]]:
         """Fold norms into the layer that `node` calls, where values are moved in between."""
         nodes, axes = follow(self.model, node, lambda module: isinstance(module, Layer))
-        if len(nodes) < 2 or any(len(self.users[str(n.target)]) > 1 for n in nodes):
+        own = [f"{n.target}.{key}" for n in nodes for key, _ in self._module(n).named_parameters()]
+        if len(nodes) < 2 or any(
+            user not in nodes for tensor in own for user in self._uses(tensor)
+        ):
+            return []
+        if any(len(self.users[str(n.target)]) > 1 for n in nodes):
             return []
         names = [str(n.target) for n in nodes]
         layers = [self._module(n) for n in nodes]
@@ -488,7 +524,7 @@ class _Measurement(fx.Interpreter):
 
     def errors(self, inputs: Inputs) -> dict[str, float]:
         """Return the relative error of each layer by its name, in order of execution."""
-        args = tree_map(_copied, (*inputs.args, *(inputs.kwargs or {}).values()))
+        args = tree_map(_copied, list(arguments_of(self.module, inputs).values()))
         with torch.no_grad(), InFloat64():
             self.run(*args)
         return self.found
@@ -504,6 +540,40 @@ class _Measurement(fx.Interpreter):
             error = relative_difference(result, self.expected.pop(n.name))
             self.found[name] = max(error, self.found.get(name, 0.0))
         return result
+
+
+class _Text(str):
+    """A string that is printed as it is inside a container."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _check_recording(module: nn.Module, graph: nn.Module, inputs: Inputs) -> None:
+    """Raise `RecordingError` unless a recorded graph computes what its module does.
+
+    A forward that asks whether its input is a tensor takes another way when it is recorded.
+    """
+    if any(t.is_meta for t in chain(module.parameters(), module.buffers())):
+        return
+    try:
+        with InFloat64():
+            result = compare(module, twin(graph), [inputs], names=[])
+    except Exception as error:  # forward is anyone's code
+        raise RecordingError(f"what was recorded does not run: {error}") from error
+    if not result.max_relative_error <= TOLERANCES[torch.float64][0]:
+        raise RecordingError("what was recorded computes something else")
+
+
+def _guard_dimensions(graph: fx.Graph) -> None:
+    """Let the graph check that its inputs have as many dimensions as those of the recorded run."""
+    for node in [n for n in graph.nodes if n.op == "placeholder" and "shape" in n.meta]:
+        with graph.inserting_after(node):
+            dimensions = graph.call_function(getattr, (node, "ndim"))
+        with graph.inserting_after(dimensions):
+            graph.call_function(same_as_recorded, (dimensions, len(node.meta["shape"])))
 
 
 def _is_leaf(module: nn.Module) -> bool:

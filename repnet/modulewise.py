@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
@@ -59,6 +59,7 @@ class _Surgery:
         self.source, self.norms = source, norms
         self.report = FoldReport()
         self.made: list[tuple[nn.Module, torch.dtype]] = []
+        self.failures: dict[str, str] = {}  # reasons of modules that cannot be recorded
         self.compared: list[str] = []  # modules after which both forms have the same tensor
         self.calls = observe(source, inputs)
         self.owners: dict[int, set[str]] = defaultdict(set)  # modules by their tensors
@@ -83,6 +84,7 @@ class _Surgery:
             deepcopy(self.sketch, dict(blocks)),
             self.calls,
             lambda module: isinstance(module, Layer) or module in convolutions,
+            self.failures,
         )
         # deepcopy hands out what is in its memo, so the planned convolutions are still themselves
         for found in chains:
@@ -268,16 +270,27 @@ class _Surgery:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
                 self.report.left.append(name)
-                reason = why_left(module, name in self.calls)
+                reason = why_left(module, name, name in self.calls, self.failures)
                 if self.norms == "keep":
                     reason = "norms='keep'"
                 self.report.skipped.setdefault(name, reason)
 
 
-def why_left(norm: nn.Module, run: bool) -> str:
-    """Return why a batch norm remains that no chain or region took in."""
+def why_left(norm: nn.Module, name: str, run: bool, failures: Mapping[str, str]) -> str:
+    """Return why a batch norm remains that no chain or region took in.
+
+    Args:
+        norm: the norm.
+        name: of it.
+        run: whether it was.
+        failures: reasons by name of modules that cannot be recorded.
+    """
     if not run:
         return "it was not run on the example input"
+    home = name.rpartition(".")[0]
+    if home in failures:
+        where = f"'{home}'" if home else "the model"
+        return f"the forward of {where} cannot be recorded: {failures[home]}"
     try:
         split(bare(norm, device="meta"), norm.num_features, 2, torch.device("meta"))  # type: ignore
     except NotFoldableError as error:

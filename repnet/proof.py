@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -142,7 +143,9 @@ class _Stored(nn.Module):
     def __init__(self, model: nn.Module, made: Sequence[tuple[nn.Module, torch.dtype]]) -> None:
         super().__init__()
         self.model = model
-        self.dtype = next((dtype for _, dtype in made), torch.float64)
+        tensors = chain(model.parameters(), model.buffers())
+        floating = (t.dtype for t in tensors if t.is_floating_point())
+        self.dtype = next((dtype for _, dtype in made), next(floating, torch.get_default_dtype()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = Inputs(args, kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,7 +17,7 @@ from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
 from repnet.shapes import Calls
 from repnet.symbolic import kernel_of, twin
-from repnet.tracing import RecordingError, record, run_node
+from repnet.tracing import RecordingError, record, run_node, tidy
 
 # What moves values and changes none.
 REARRANGING = {
@@ -45,6 +46,7 @@ def find_chains(
     model: nn.Module,
     calls: Mapping[str, Calls],
     producer: Callable[[nn.Module], bool],
+    failures: dict[str, str],
     name: str = "",
 ) -> Iterator[Chain]:
     """Yield the chains in all parts of `model` whose run can be recorded, in order of execution.
@@ -53,6 +55,7 @@ def find_chains(
         model: in evaluation mode, on the meta device.
         calls: of its modules, by the names that they have in the whole.
         producer: whether a module is a convolution or linear layer.
+        failures: receives the reason by name of each module whose run cannot be recorded.
         name: of `model` in the whole.
     """
     layers = [m for m in model.modules() if producer(m)]
@@ -70,13 +73,25 @@ def find_chains(
         return  # no convolution, or nothing with statistics or weights that could go into one
     prefix = f"{name}." if name else ""
     try:
-        graph = record(model, calls[name].inputs, lambda m: producer(m) or _is_leaf(m)).graph
-    except RecordingError:  # its parts are tried
+        with torch.device("meta"):  # also for what forward makes itself
+            recording = record(model, calls[name].inputs, lambda m: producer(m) or _is_leaf(m))
+    except RecordingError as error:  # its parts are tried
+        failures[name] = str(error)
         for child_name, child in model.named_children():
-            yield from find_chains(child, calls, producer, prefix + child_name)
+            yield from find_chains(child, calls, producer, failures, prefix + child_name)
         return
+    graph, decisions = recording.graph, recording.decisions | recording.dimension_decisions
+    for inner, reason in recording.opaque.items():
+        failures[prefix + inner] = reason
+        for child_name, child in model.get_submodule(inner).named_children():
+            path = f"{prefix}{inner}.{child_name}"
+            yield from find_chains(child, calls, producer, failures, path)
     followed = [follow(model, node, producer) for node in graph.nodes]
-    chains = [(tuple(str(node.target) for node in nodes), axes) for nodes, axes in followed]
+    chains = [
+        (tuple(str(node.target) for node in nodes), axes)
+        for nodes, axes in followed
+        if not _depends_on_a_decision(nodes, decisions)
+    ]
     read = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
     for (names, axes), count in Counter(chains).items():
         if len(names) < 2:
@@ -91,6 +106,17 @@ def find_chains(
             yield Chain(whole[:alone], axes, None)
         else:
             yield Chain(whole, axes, whole[alone])
+
+
+def _depends_on_a_decision(nodes: Sequence[fx.Node], decisions: set[str]) -> bool:
+    """Return whether a forward that calls the nodes, from their common one on, branches.
+
+    Then they follow each other in the recorded run, and perhaps in no other.
+    """
+    scopes = [node.meta["scope"].split(".") for node in nodes]
+    common = [a[0] for a in itertools.takewhile(lambda a: len(set(a)) == 1, zip(*scopes))]  # noqa: B905
+    between = {".".join(scope[:n]) for scope in scopes for n in range(len(common), len(scope) + 1)}
+    return bool(between & decisions)
 
 
 def split(
@@ -129,6 +155,8 @@ def _split(
     except RecordingError as error:
         raise NotFoldableError(f"it cannot be recorded: {error}") from error
     graph = fx.GraphModule(recording.root, recording.graph).graph
+    if recording.decisions:
+        raise NotFoldableError("its forward branches on its input")
     identity = ConvKernel.identity(channels, axes=axes, dtype=torch.float64, device=device)
     begin = next(iter(graph.nodes))
     node, kernel = begin, identity
@@ -147,7 +175,7 @@ def _split(
     if node is begin:
         raise NotFoldableError("it does not begin with a channelwise map")
     node.replace_all_uses_with(begin)
-    graph.eliminate_dead_code()
+    tidy(graph)
     return kernel, _shortest(layer, graph)
 
 

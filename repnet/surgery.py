@@ -287,8 +287,7 @@ class _Swap:
             norm.weight.fill_((1 + norm.eps) ** 0.5)
             norm.bias.zero_()
         kernel, leaves = self._probe()
-        scale = _answer(kernel.weight, leaves[self.main.weight])
-        assert scale is not None
+        scale = self._scale(kernel, leaves)
         weights = [norm.weight.clone() for norm in self.ends]
         for norm in self.ends:
             norm.weight.zero_()
@@ -302,11 +301,24 @@ class _Swap:
         if self.path and self.path[-1].num_features == len(scale):
             self.path[-1].weight.div_(scale)  # so that the old learning rate fits the new weight
 
+    def _scale(self, kernel: ConvKernel, leaves: dict[Tensor, Tensor]) -> Tensor:
+        """Return by what the main weight is multiplied in the kernel.
+
+        Raises:
+            ValueError: by nothing, since a scale of the block is zero in the stored dtype.
+        """
+        scale = _answer(kernel.weight, leaves[self.main.weight])
+        if scale is None:
+            raise ValueError(
+                f"cannot over-parameterize '{self.name}': a scale of the block is zero, perhaps "
+                f"only in {self.old.weight.dtype}; do it in float32"
+            )
+        return scale
+
     def solve(self) -> None:
         """Set the main weight, and the bias, so that the kernel is that of the convolution."""
         kernel, leaves = self._probe()
-        scale = _answer(kernel.weight, leaves[self.main.weight])
-        assert scale is not None
+        scale = self._scale(kernel, leaves)
         scale = scale.reshape(-1, 1, 1, 1)
         missing = self.target.weight - kernel.weight
         self.main.weight.copy_(leaves[self.main.weight] + missing / scale)

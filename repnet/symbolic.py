@@ -81,23 +81,31 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def twin(
     module: nn.Module, *, device: str | None = None, replaced: Mapping[int, Any] | None = None
 ) -> nn.Module:
-    """Return a copy that shares parameters and buffers, and so takes no memory; not compiled.
+    """Return a copy that shares parameters, and so takes next to no memory; not compiled.
 
-    What a run of it keeps aside stays in the copy.
+    What a run of it keeps aside, or writes into buffers, stays in the copy.
 
     Args:
         module: not changed.
         device: "meta" for a copy without values.
         replaced: other modules for some, by the identity of these.
     """
-    shared: dict[int, Any] = {id(t): t for t in chain(module.parameters(), module.buffers())}
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for m in module.modules():
+        kept = chain(m._buffers.values(), vars(m).values())  # torch copies no results of gradients
+        for t in kept:
+            if isinstance(t, Tensor) and id(t) not in shared:
+                shared[id(t)] = t.detach().clone()
     if device is not None:
         for key, tensor in shared.items():
             moved = tensor.detach().to(device)
             if isinstance(tensor, nn.Parameter):
                 moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
             shared[key] = moved
-    copy = deepcopy(module, {**shared, **(replaced or {})})
+    try:
+        copy = deepcopy(module, {**shared, **(replaced or {})})
+    except Exception as error:  # a module may hold anything
+        raise ValueError(f"the model cannot be copied: {error}") from error
     for m in copy.modules():
         m._compiled_call_impl = None
     return copy

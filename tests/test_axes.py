@@ -375,6 +375,15 @@ def test_a_norm_alone_stays(axes: int) -> None:
     assert report.left == ["0"]
 
 
+@every_axes
+@pytest.mark.xfail(strict=True, reason="every norm is tried over two axes, which only one takes")
+def test_the_reason_is_right_for_norms_of_other_axes(axes: int) -> None:
+    norm = nn.BatchNorm3d(4) if axes == 3 else nn.BatchNorm1d(4)
+    model = ready(nn.Sequential(norm, nn.ReLU()))
+    report = reparameterize(model, image(axes), return_report=True)[1]
+    assert report.skipped["0"] == "no convolution before it feeds it alone"
+
+
 def test_a_linear_layer_over_a_map_mixes_its_last_axis_and_is_no_kernel() -> None:
     layer = nn.Linear(4, 4).double()
     with pytest.raises(NotFoldableError, match="last axis"):
