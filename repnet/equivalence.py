@@ -334,7 +334,9 @@ def _clone(x: Any) -> Any:
 
 
 def _ratio(error: float, scale: float) -> float:
-    return 0.0 if error == 0.0 else error / scale if scale else float("inf")
+    if error == 0.0 or error != error:
+        return error
+    return error / scale if scale else float("inf")
 
 
 def _worse(first: float, second: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -121,7 +121,9 @@ class _Conversion:
     def convert(self, name: str) -> nn.Module:
         """Return a graph of the module, or a copy with graphs in it where it has none."""
         module = self.source.get_submodule(name)
-        if name not in self.calls or not any(isinstance(m, Layer) for m in module.modules()):
+        if name not in self.calls:
+            return self._unchanged(module, name)
+        if name and not any(isinstance(m, Layer) for m in module.modules()):
             return self._unchanged(module, name)
         if has_hooks(module):
             self.report.skipped[name] = "it has a forward hook, and so stays a module"
@@ -325,9 +327,11 @@ class _Folding:
         if len(region.nodes) == 1 and self._is_plain(region.end):
             return False
         try:
-            as_module(kernel, like=nn.Module())
+            layer = as_module(kernel, like=nn.Module())
         except NotFoldableError:
             return False
+        if isinstance(layer, nn.Sequential) and len(region.nodes) <= len(layer):
+            return False  # a padding and a convolution already
         cost = sum(w.numel() * _positions(n, self._upsamples(n)) for n, w in convolutions)
         size = sum(t.numel() for t in self._tensors(region).values())
         shape = (region.root if max((1, *kernel.upsample)) > 1 else region.end).meta["shape"]
@@ -350,8 +354,10 @@ class _Folding:
     def _is_everywhere(self, region: _Region, twins: list[_Region]) -> bool:
         """Return whether every use of the region's layers is in a region of the same layers."""
         inside = {node for twin in twins for node in twin.nodes}
-        inside |= {i for node in inside for i in node.all_input_nodes if i in self.constants}
-        return all(user in inside for name in self._tensors(region) for user in self._uses(name))
+        sources = self._sources(inside)
+        uses = {use for name in self._tensors(region) for use in self._uses(name)}
+        uses |= {user for source in sources for user in source.users}
+        return uses <= inside | sources
 
     def _uses(self, tensor: str) -> list[fx.Node]:
         """Return the nodes that read a tensor, directly or as part of a module."""
@@ -386,13 +392,20 @@ class _Folding:
             return type(self._module(node)) in (*PLAIN, nn.ConvTranspose2d)
         return all(i.op == "get_attr" for i in node.all_input_nodes if i in self.constants)
 
+    def _sources(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Return the constants that nodes read, and those that these are computed from."""
+        found: set[fx.Node] = set()
+        open_nodes = list(nodes)
+        while open_nodes:
+            inputs = [i for i in open_nodes.pop().all_input_nodes if i in self.constants]
+            open_nodes += [i for i in inputs if i not in found]
+            found.update(inputs)
+        return found
+
     def _tensors(self, region: _Region) -> dict[str, Tensor]:
         """Return parameters and buffers that a region reads, by name."""
         found: dict[str, Tensor] = {}
-        open_nodes = list(region.nodes)
-        while open_nodes:
-            node = open_nodes.pop()
-            open_nodes += [i for i in node.all_input_nodes if i in self.constants]
+        for node in (*region.nodes, *self._sources(region.nodes)):
             if node.op == "get_attr":
                 found[str(node.target)] = self.constants[node]
             elif node.op == "call_module":

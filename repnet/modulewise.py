@@ -292,7 +292,10 @@ def why_left(norm: nn.Module, name: str, run: bool, failures: Mapping[str, str])
         where = f"'{home}'" if home else "the model"
         return f"the forward of {where} cannot be recorded: {failures[home]}"
     try:
-        split(bare(norm, device="meta"), norm.num_features, 2, torch.device("meta"))  # type: ignore
+        axes = (
+            0 if isinstance(norm, nn.BatchNorm1d) else 3 if isinstance(norm, nn.BatchNorm3d) else 2
+        )
+        split(bare(norm, device="meta"), norm.num_features, axes, torch.device("meta"))  # type: ignore
     except NotFoldableError as error:
         return str(error)
     return "no convolution before it feeds it alone"

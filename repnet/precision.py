@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+ROUNDING = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
 
 class InFloat64(TorchFunctionMode):
     """While active, every floating-point tensor that enters or leaves a torch function is float64.
@@ -25,8 +27,10 @@ class InFloat64(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__name__", "") == "__get__":  # x.shape, x.dtype, x.data
-            return _exact(func(*args, **(kwargs or {})))
+        if getattr(func, "__name__", "") == "__get__":  # x.shape, x.data; x.dtype stays true
+            found = func(*args, **(kwargs or {}))
+            return found if isinstance(found, torch.dtype) else _exact(found)
+        func = Tensor.double if func in ROUNDING else func
         return _exact(func(*_exact(args), **_exact(kwargs or {})))
 
 
@@ -36,6 +40,8 @@ def _exact(value: Any) -> Any:
         return value.to(torch.float64) if value.is_floating_point() else value
     if isinstance(value, torch.Size):
         return value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
     if type(value) in (tuple, list):
         return type(value)([_exact(v) for v in value])
     if type(value) is dict:

@@ -215,6 +215,10 @@ class _Proxy(fx.Proxy):
         size = len(self.value) if isinstance(self.value, torch.Size) else len(self)
         return iter([self[index] for index in range(size)])
 
+    def keys(self) -> Any:
+        """Return the keys of a mapping; fx has a method of this name."""
+        return list(self)
+
     def __len__(self) -> int:
         if isinstance(self.value, torch.Size):
             self.tracer.dimension_decisions.add(self.tracer.scopes[-1])

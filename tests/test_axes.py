@@ -376,7 +376,6 @@ def test_a_norm_alone_stays(axes: int) -> None:
 
 
 @every_axes
-@pytest.mark.xfail(strict=True, reason="every norm is tried over two axes, which only one takes")
 def test_the_reason_is_right_for_norms_of_other_axes(axes: int) -> None:
     norm = nn.BatchNorm3d(4) if axes == 3 else nn.BatchNorm1d(4)
     model = ready(nn.Sequential(norm, nn.ReLU()))

@@ -382,7 +382,6 @@ def test_a_layer_has_the_name_of_the_first_convolution(x: Tensor) -> None:
     assert type(folded.get_submodule("conv3")) is nn.Conv2d
 
 
-@pytest.mark.xfail(strict=True, reason="a model without a layer of torch is not recorded")
 def test_a_weight_of_the_model_itself_folds(x: Tensor) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = functional.conv2d(x, m.own, padding=1)
@@ -418,7 +417,6 @@ def test_two_uses_with_different_norms_stay(x: Tensor) -> None:
     assert relative_error(model(x), folded(x)) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="other users of a weight that forward reads are missed")
 def test_two_uses_on_different_strides_stay(x: Tensor) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         small = functional.conv2d(x, m.conv.weight, padding=1, stride=2)
@@ -470,7 +468,6 @@ def test_a_forward_that_changes_its_input_in_place(x: Tensor) -> None:
     assert relative_error(model(x.clone()), folded(x.clone())) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="what a weight is computed from counts as used elsewhere")
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_computed_weight_becomes_the_weight(layers: int, x: Tensor) -> None:
     model = ready(nn.Sequential(*[StandardizedConv2d(4, 4, 3), norm()][:layers], nn.ReLU()))
@@ -495,7 +492,6 @@ def test_asymmetric_padding_becomes_a_layer_before_the_convolution(x: Tensor) ->
     assert relative_error(model(x), folded(x)) < TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="padding and convolution are wrapped once more")
 def test_asymmetric_padding_is_not_wrapped_again(x: Tensor) -> None:
     model = ready(chain(nn.ZeroPad2d((2, 0, 0, 1)), nn.Conv2d(4, 4, 3), norm()))
     once = reparameterize_graph(model, x)

@@ -212,13 +212,7 @@ KEYS = Case(over_keys, lambda x: (({"left": x, "right": -x},), {}))
     "case",
     [
         *(pytest.param(case, id=name) for name, case in CASES.items()),
-        pytest.param(
-            KEYS,
-            id="keys",
-            marks=pytest.mark.xfail(
-                strict=True, reason="keys() of a dict of tensors is a proxy without items"
-            ),
-        ),
+        pytest.param(KEYS, id="keys"),
     ],
 )
 @pytest.mark.parametrize("batch", [2, 3])
@@ -415,7 +409,6 @@ def test_a_model_of_any_dtype_runs_in_float64(
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-@pytest.mark.xfail(strict=True, reason="values are rounded where forward converts them")
 def test_the_result_is_that_of_float64_and_not_of_float32(x: Tensor) -> None:
     model = Wired(always_float, conv=conv(4, 4))
     with torch.no_grad(), InFloat64():
