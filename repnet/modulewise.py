@@ -21,10 +21,11 @@ from repnet.scaling import absorb
 from repnet.shapes import observe
 from repnet.siblings import Chain, find_chains, split
 from repnet.surroundings import has_hooks
-from repnet.symbolic import kernel_of, twin
+from repnet.symbolic import kept_tensors, kernel_of, twin
 from repnet.tracing import RecordingError, record
 
 Norms = Literal["absorb", "keep"]
+NORMS = {0: nn.BatchNorm1d, 3: nn.BatchNorm3d}  # by spatial axes; all others have two
 
 
 def fold_modules(
@@ -131,6 +132,8 @@ class _Surgery:
             raise NotAffineError("it is a convolution with its norm")
         before, after = call.shapes
         kernel = kernel_of(module, before[1], axes=len(before) - 2)
+        if kernel.out_channels != after[1] or len(after) != len(before):
+            raise NotFoldableError("forward does something else to a kernel than to a tensor")
         inside = [c for n, c in self.calls.items() if _within(n, name)]
         cost = sum(c.multiplications * c.count for c in inside) // call.count
         if not cost:
@@ -292,9 +295,7 @@ def why_left(norm: nn.Module, name: str, run: bool, failures: Mapping[str, str])
         where = f"'{home}'" if home else "the model"
         return f"the forward of {where} cannot be recorded: {failures[home]}"
     try:
-        axes = (
-            0 if isinstance(norm, nn.BatchNorm1d) else 3 if isinstance(norm, nn.BatchNorm3d) else 2
-        )
+        axes = next((a for a, kind in NORMS.items() if isinstance(norm, kind)), 2)
         split(bare(norm, device="meta"), norm.num_features, axes, torch.device("meta"))  # type: ignore
     except NotFoldableError as error:
         return str(error)
@@ -319,7 +320,7 @@ def copy_with(source: nn.Module, replaced: dict[int, Any]) -> nn.Module:
         source: not changed; what is replaced is not copied.
         replaced: new modules by the identity of the old, wherever they occur.
     """
-    return deepcopy(source, dict(replaced)).eval()
+    return deepcopy(source, {**kept_tensors(source), **replaced}).eval()
 
 
 def _within(name: str, outer: str) -> bool:

@@ -91,11 +91,7 @@ def twin(
         replaced: other modules for some, by the identity of these.
     """
     shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
-    for m in module.modules():
-        kept = chain(m._buffers.values(), vars(m).values())  # torch copies no results of gradients
-        for t in kept:
-            if isinstance(t, Tensor) and id(t) not in shared:
-                shared[id(t)] = t.detach().clone()
+    shared = {**kept_tensors(module), **shared}
     if device is not None:
         for key, tensor in shared.items():
             moved = tensor.detach().to(device)
@@ -109,6 +105,16 @@ def twin(
     for m in copy.modules():
         m._compiled_call_impl = None
     return copy
+
+
+def kept_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Return copies of buffers and plain attributes by the identity of the tensors.
+
+    torch itself does not copy a tensor that a gradient can flow back from, which a forward may
+    have kept.
+    """
+    kept = [t for m in module.modules() for t in chain(m._buffers.values(), vars(m).values())]
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor)}
 
 
 def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ SHAPES = {
     "shape", "size", "ndim", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
     "element_size", "is_floating_point", "is_complex", "storage_offset",
 }  # fmt: skip
+FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 # A kernel is a value, and what the recorder accepts reads nothing that was changed in place.
 OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -83,7 +84,7 @@ def record(model: nn.Module, inputs: Inputs, leaf: Leaf) -> Recording:
         recorder = _Recorder(leaf, opaque, inputs)
         random = torch.random.get_rng_state()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _recorded_factories():
                 graph = recorder.trace(own)
         except Exception as error:  # forward is anyone's code
             names = {module: name for name, module in own.named_modules()}
@@ -128,6 +129,29 @@ def arguments_of(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+@contextmanager
+def _recorded_factories() -> Iterator[None]:
+    """Let functions that make tensors take proxies for sizes, which torch refuses at once."""
+
+    def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            proxy = next(iter(_proxies((args, kwargs))), None)
+            if proxy is None:
+                return factory(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", factory, args, kwargs)
+
+        return make
+
+    originals = {name: getattr(torch, name) for name in FACTORIES}
+    try:
+        for name, factory in originals.items():
+            setattr(torch, name, recorded(factory))
+        yield
+    finally:
+        for name, factory in originals.items():
+            setattr(torch, name, factory)
 
 
 def run_node(model: nn.Module, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
