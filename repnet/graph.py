@@ -133,10 +133,12 @@ class _Conversion:
         try:
             recording = record(_evaluated(module), inputs.to(like.dtype), _is_leaf)
             graph = fx.GraphModule(recording.root, recording.graph, type(module).__name__)
+            checks = sum(node.target is same_as_recorded for node in graph.graph.nodes)
             _check_recording(_evaluated(module), graph, inputs)
         except RecordingError as error:
             self._fail(name, str(error))
             return self._with_parts(module, name)
+        self.report.checks += checks
         _guard_dimensions(graph.graph)
         prefix = f"{name}." if name else ""
         for inner in {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}:

@@ -42,6 +42,8 @@ class FoldReport:
         skipped: reason by module name, for affine blocks that are not one convolution and for
             every batch norm that remains.
         left: names of the batch norms that remain.
+        checks: values on which forward branches, and which a graph compares with those of the
+            recorded run before it goes on, so that an input of another size may be refused.
         was_training: the model came in training mode; the returned copy is in evaluation mode.
         proof: comparison in float64 on the example input; None on the meta device.
         cast: the outputs of the folded model as it is stored and runs, in its dtype, beside the
@@ -54,6 +56,7 @@ class FoldReport:
     folded: list[Fold] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    checks: int = 0
     was_training: bool = False
     proof: Equivalence | None = None
     cast: Equivalence | None = None
@@ -70,6 +73,11 @@ class FoldReport:
             lines[0] += f", {self.cast.max_relative_error:.1e} as it is stored"
         if self.reason:
             lines.append(f"method '{self.method}': {self.reason}")
+        if self.checks:
+            lines.append(
+                f"forward branches on {self.checks} values: an input of another size, on which it "
+                "would take another way, is refused"
+            )
         if self.was_training:
             lines.append("the model was in training mode; its evaluation was folded")
         lines += [f"skipped '{name}': {reason}" for name, reason in self.skipped.items()]
