@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from repnet.convolution import Layer
@@ -55,7 +58,8 @@ def observe(model: nn.Module, inputs: Inputs) -> dict[str, Calls]:
     """
     try:
         shapes = Inputs(*tree_map(without_values, (inputs.args, inputs.kwargs)))
-        return _observe(twin(model, device="meta"), shapes)
+        with torch.device("meta"), _ShapesOnly():
+            return _observe(twin(model, device="meta").double(), shapes)
     except Exception:  # forward reads values, or a function is not implemented without them
         pass
     try:
@@ -63,6 +67,21 @@ def observe(model: nn.Module, inputs: Inputs) -> dict[str, Calls]:
             return _observe(twin(model), inputs)
     except Exception as error:  # forward is anyone's code
         raise ValueError(f"the model cannot run on example_input: {error}") from error
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Lets batch norm return its input, which without values is the same, and takes no time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.batch_norm:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
 
 
 def without_values(value: Any) -> Any:
