@@ -228,6 +228,28 @@ class _Folding:
                 with torch.no_grad(), InFloat64():
                     self.constants[node] = run_node(self.bare, node, self.constants)
 
+        self._write_out_numbers()
+
+    def _write_out_numbers(self) -> None:
+        """Put numbers that no input reaches, such as the shape of a weight, into what reads them.
+
+        Otherwise a weight would have to stay for the sake of its shape.
+        """
+        for node, value in list(self.constants.items())[::-1]:
+            if isinstance(value, torch.Size):
+                value = tuple(value)
+            plain = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(number, int | float) for number in plain):
+                continue
+            for user in list(node.users):
+                if user.target is same_as_recorded:
+                    self.graph.erase_node(user)
+                    continue
+                user.args, user.kwargs = _written_out(user, node, value)
+            if not node.users:
+                self.graph.erase_node(node)
+                del self.constants[node]
+
     def fold(self) -> nn.Module:
         """Return the folded graph module, with its new layers in float64."""
         original = deepcopy(self.graph)
@@ -580,6 +602,11 @@ def _check_recording(module: nn.Module, graph: nn.Module, inputs: Inputs) -> Non
         raise RecordingError(f"what was recorded does not run: {error}") from error
     if not result.max_relative_error <= TOLERANCES[torch.float64][0]:
         raise RecordingError("what was recorded computes something else")
+
+
+def _written_out(user: fx.Node, node: fx.Node, value: Any) -> Any:
+    """Return the arguments of `user` with `value` in the place of `node`."""
+    return map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
 
 
 def _guard_dimensions(graph: fx.Graph) -> None:

@@ -82,7 +82,7 @@ class _Surgery:
         blocks = {id(self.sketch.get_submodule(n)): m for n, m in self.planned.items()}
         convolutions = set(self.planned.values())
         chains = find_chains(
-            deepcopy(self.sketch, dict(blocks)),
+            copy_with(self.sketch, blocks),
             self.calls,
             lambda module: isinstance(module, Layer) or module in convolutions,
             self.failures,

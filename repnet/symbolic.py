@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, Sizes, add, concat, select
 from repnet.precision import InFloat64
@@ -113,8 +114,9 @@ def kept_tensors(module: nn.Module) -> dict[int, Tensor]:
     torch itself does not copy a tensor that a gradient can flow back from, which a forward may
     have kept.
     """
-    kept = [t for m in module.modules() for t in chain(m._buffers.values(), vars(m).values())]
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor)}
+    inner = ("_parameters", "_modules")
+    kept = [v for m in module.modules() for k, v in vars(m).items() if k not in inner]
+    return {id(t): t.detach().clone() for t in tree_leaves(kept) if isinstance(t, Tensor)}
 
 
 def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
