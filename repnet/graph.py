@@ -359,8 +359,8 @@ class _Folding:
         cost = sum(w.numel() * _positions(n, self._upsamples(n)) for n, w in convolutions)
         size = sum(t.numel() for t in self._tensors(region).values())
         shape = (region.root if max((1, *kernel.upsample)) > 1 else region.end).meta["shape"]
-        new_size = kernel.weight.numel()
-        return new_size <= size and new_size * (shape.numel() // shape[1]) <= cost
+        new_size = kernel.weight.numel() + (0 if kernel.bias is None else kernel.bias.numel())
+        return new_size <= size and kernel.weight.numel() * (shape.numel() // shape[1]) <= cost
 
     def _changes_within(self, region: _Region) -> bool:
         """Return whether the root is changed in place while the region still reads it."""

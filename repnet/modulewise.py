@@ -142,10 +142,11 @@ class _Surgery:
         positions = before if max((1, *kernel.upsample)) > 1 else after
         new_cost = kernel.weight.numel() * (positions.numel() // positions[1])
         size = sum(t.numel() for t in chain(module.parameters(), module.buffers()))
-        if new_cost > cost or kernel.weight.numel() > size:
+        new_size = kernel.weight.numel() + (0 if kernel.bias is None else kernel.bias.numel())
+        if new_cost > cost or new_size > size:
             raise NotFoldableError(
                 f"one convolution would be larger: {new_cost:,} instead of {cost:,} "
-                f"multiplications, {kernel.weight.numel():,} instead of {size:,} values"
+                f"multiplications, {new_size:,} instead of {size:,} values"
             )
         return as_module(kernel, like=module)
 
