@@ -257,7 +257,8 @@ class _Folding:
         names = {key: self._make(region) for key, region in {k: r for r, k in made}.items()}
         checks = [self._replace(region, names[key]) for region, key in made]
         tidy(self.graph)
-        checks += [check for node in list(self.graph.nodes) for check in self._absorb(node)]
+        for node in list(self.graph.nodes):
+            self._absorb(node)
         tidy(self.graph)
         self._measure(original, {end: (root, name) for root, end, name in checks})
         for node in self.graph.nodes:
@@ -494,26 +495,26 @@ class _Folding:
         owners = dict.fromkeys(self.prefix + t.rpartition(".")[0] for t in tensors)
         self.conversion.report.folded.append(Fold(self.prefix + name, tuple(owners)))
 
-    def _absorb(self, node: fx.Node) -> list[tuple[str, str, str]]:
+    def _absorb(self, node: fx.Node) -> None:
         """Fold norms into the layer that `node` calls, where values are moved in between."""
         nodes, axes = follow(self.model, node, lambda module: isinstance(module, Layer))
         own = [f"{n.target}.{key}" for n in nodes for key, _ in self._module(n).named_parameters()]
         if len(nodes) < 2 or any(
             user not in nodes for tensor in own for user in self._uses(tensor)
         ):
-            return []
+            return
         if any(len(self.users[str(n.target)]) > 1 for n in nodes):
-            return []
+            return
         names = [str(n.target) for n in nodes]
         layers = [self._module(n) for n in nodes]
         if any(has_hooks(layer) for layer in layers):
-            return []
+            return
         channels = node.meta["shape"][-1 if isinstance(layers[0], nn.Linear) else 1]
         try:
             device = next(layers[0].parameters()).device
             kernels = [split(bare(layer), channels, axes, device) for layer in layers[1:]]
             if kernels[-1][1] is not None:
-                return []
+                return
             norm = kernels[0][0]
             for kernel, _ in kernels[1:]:
                 norm = norm.then(kernel)
@@ -523,7 +524,7 @@ class _Folding:
             self.conversion.report.skipped.update(
                 dict.fromkeys((self.prefix + n for n in names[1:]), str(error))
             )
-            return []
+            return
         tensors = {
             f"{n}.{key}": t
             for n, m in zip(names, layers, strict=True)
@@ -532,7 +533,6 @@ class _Folding:
         self._add(names[0], layer, tensors)
         for follower in nodes[1:]:
             follower.replace_all_uses_with(follower.args[0])  # type: ignore[arg-type]
-        return []
 
     def _measure(self, original: fx.Graph, checks: Mapping[str, tuple[str, str]]) -> None:
         """Compare each new layer with the nodes that it stands for, on their own input."""
