@@ -45,6 +45,7 @@ def as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
         for p in like.parameters()
     ):
         memory_format = torch.channels_last
+    kernel = kernel.to(kernel.dtype)
     weight = kernel.weight
     if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         weight = transpose_weight(weight, kernel.groups)

@@ -53,6 +53,8 @@ class ConvKernel:
         dilation: lattice step of the taps.
         upsample: 1 for an ordinary convolution.
         groups: divides the input and the output channels.
+        precision: a dtype that the laws compute in, if it is higher than that of the weight, which
+            they convert where they multiply it: most time goes into fresh memory.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -65,6 +67,7 @@ class ConvKernel:
     dilation: Sizes = ()
     upsample: Sizes = ()
     groups: int = 1
+    precision: torch.dtype | None = None
 
     _is_identity = False  # known to be, so that nothing need be multiplied
 
@@ -137,11 +140,12 @@ class ConvKernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the map to `x`, `(batch, in, height, width)` -> `(batch, out, height', width')`."""
+        exact = self.to(self.dtype)
         if self.axes == 0:
             grouped = x.unflatten(1, (self.groups, -1))  # (batch, groups, in / groups)
-            weight = self.weight.unflatten(0, (self.groups, -1))
+            weight = exact.weight.unflatten(0, (self.groups, -1))
             product = torch.einsum("bgi,goi->bgo", grouped, weight).flatten(1)
-            return product if self.bias is None else product + self.bias
+            return product if exact.bias is None else product + exact.bias
         if max(self.upsample) > 1:
             sizes = [u * (n - 1) + 1 for u, n in zip(self.upsample, x.shape[2:], strict=True)]
             spread = x.new_zeros(*x.shape[:2], *sizes)
@@ -154,7 +158,9 @@ class ConvKernel:
             padding = [0] * self.axes
         convolve = CONVOLUTIONS[self.axes]
         assert convolve is not None
-        return convolve(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return convolve(
+            x, exact.weight, exact.bias, self.stride, padding, self.dilation, self.groups
+        )
 
     def with_groups(self, groups: int) -> ConvKernel:
         """Return the same map written with fewer groups: the blocks stand on a zero matrix.
@@ -181,7 +187,7 @@ class ConvKernel:
     def to(self, dtype: torch.dtype) -> ConvKernel:
         """Return the same map with weight and bias in another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, weight=self.weight.to(dtype), bias=bias)
+        return replace(self, weight=self.weight.to(dtype), bias=bias, precision=dtype)
 
     def over(self, axes: int) -> ConvKernel:
         """Return the same channelwise map over another number of spatial axes.
@@ -192,7 +198,7 @@ class ConvKernel:
         if not self.is_channelwise:
             raise ValueError("only a channelwise map is the same over any number of axes")
         weight = self.weight.reshape(-1, 1, *(1,) * axes)
-        return ConvKernel(weight, self.bias, groups=self.groups)
+        return ConvKernel(weight, self.bias, groups=self.groups, precision=self.precision)
 
     def then(self, other: ConvKernel) -> ConvKernel:
         """Return `x -> other(self(x))`.
@@ -216,9 +222,9 @@ class ConvKernel:
             raise NotFoldableError(
                 f"a map over {self.axes} spatial axes enters one over {other.axes}"
             )
+        dtype = torch.promote_types(self.dtype, other.dtype)
         if self._is_identity:
-            dtype = torch.promote_types(self.dtype, other.dtype)
-            return other if dtype == other.dtype else other.to(dtype)
+            return other if dtype == other.dtype else replace(other, precision=dtype)
         self._check_border(other)
         stride, padding, dilation, upsample = [], [], [], []
         taps: list[tuple[int, int]] = []  # lattice steps between the taps of self, of other
@@ -237,9 +243,9 @@ class ConvKernel:
             padding.append((up * before + hop * extra_before, up * after + hop * extra_after))
         groups = gcd(self.groups, other.groups)
         if self.is_channelwise:
-            weight, groups = _scale_inputs(other, self.weight.flatten()), other.groups
+            weight, groups = _scale_inputs(other, self.weight.flatten().to(dtype)), other.groups
         elif other.is_channelwise:
-            weight, groups = self.weight * other.weight, self.groups
+            weight, groups = _scaled(self.weight, other.weight, dtype), self.groups
         else:
             weight = _merge(self.with_groups(groups), other.with_groups(groups), taps)
         return ConvKernel(
@@ -250,6 +256,7 @@ class ConvKernel:
             dilation=tuple(dilation),
             upsample=tuple(upsample),
             groups=groups,
+            precision=dtype,
         )
 
     def _check_border(self, other: ConvKernel) -> None:
@@ -310,7 +317,8 @@ class ConvKernel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weight.dtype
+        """What the laws compute in."""
+        return torch.promote_types(self.weight.dtype, self.precision or self.weight.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -390,7 +398,7 @@ def add(kernels: Sequence[ConvKernel]) -> ConvKernel:
         if n != whole:
             weight[place] += kernel.weight
         bias = _add_optional(bias, kernel.bias)
-    return replace(geometry, weight=weight, bias=bias)
+    return replace(geometry, weight=weight, bias=bias, precision=dtype)
 
 
 def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
@@ -406,16 +414,17 @@ def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
         raise NotFoldableError("the concatenated kernels differ in input channels")
     kernels = [k.with_groups(1) for k in kernels]
     geometry, size, places = _align(kernels)
+    dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
     weights, biases = [], []
     for kernel, place in zip(kernels, places, strict=True):
-        weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size)
+        weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size, dtype=dtype)
         weight[place] = kernel.weight
         weights.append(weight)
-        zero = kernel.weight.new_zeros(kernel.out_channels)
+        zero = kernel.weight.new_zeros(kernel.out_channels, dtype=dtype)
         biases.append(zero if kernel.bias is None else kernel.bias)
     structural = all(kernel.bias is None for kernel in kernels)
     bias = None if structural else torch.cat(biases)
-    return replace(geometry, weight=torch.cat(weights), bias=bias)
+    return replace(geometry, weight=torch.cat(weights), bias=bias, precision=dtype)
 
 
 def select(kernel: ConvKernel, start: int, stop: int) -> ConvKernel:
@@ -497,6 +506,13 @@ def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[tuple[int, int]
         groups=groups,
     )
     return merged.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `weight * scale` in `dtype`."""
+    if weight.dtype == dtype or torch.is_grad_enabled():
+        return weight.to(dtype) * scale
+    return weight.to(dtype).mul_(scale)  # of the conversion, which nobody else has
 
 
 def _scale_inputs(kernel: ConvKernel, scale: Tensor) -> Tensor:

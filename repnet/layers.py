@@ -20,7 +20,8 @@ class Sum(nn.ModuleList):
         super().__init__(b for b in branches if b is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(branch(x) for branch in self)
+        # The first is the largest kernel as a rule, and a fold copies a partial sum's weight.
+        return sum(branch(x) for branch in reversed(self))
 
 
 class Concat(nn.ModuleList):

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+CHUNK = 2**20  # values of a weight that are converted at a time
 ROUNDING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
@@ -30,8 +32,41 @@ class InFloat64(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":  # x.shape, x.data; x.dtype stays true
             found = func(*args, **(kwargs or {}))
             return found if isinstance(found, torch.dtype) else _exact(found)
+        if any(not issubclass(kind, Tensor) for kind in types):  # it sees to its precision itself
+            return func(*args, **(kwargs or {}))
+        if func is torch.conv2d and not types:
+            return _conv2d(*args, **(kwargs or {}))
         func = Tensor.double if func in ROUNDING else func
         return _exact(func(*_exact(args), **_exact(kwargs or {})))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Return `torch.conv2d` in float64.
+
+    A weight that is larger than all that it reads is converted and multiplied some rows at a time:
+    most of the time of such a layer goes into moving its weight, and several times as much into
+    fresh memory for a float64 copy of it.
+    """
+    x, bias = _exact((x, bias))
+    size = weight[0].numel()
+    plain = x.is_cpu and x.ndim == 4 and groups == 1 and not isinstance(padding, str)
+    if not (plain and len(x) * x[0, 0].numel() * size < weight.numel() > CHUNK):
+        return torch.conv2d(x, _exact(weight), bias, stride, padding, dilation, groups)
+    columns = functional.unfold(x, weight.shape[2:], dilation, padding, stride).mT.contiguous()
+    chunks = weight.flatten(1).split(max(1, CHUNK // size))
+    flat = torch.cat([columns @ _exact(rows).T for rows in chunks], 2).mT
+    flat = flat if bias is None else flat + bias[:, None]
+    one, kernel = x[:1, :1].to("meta"), weight[:1, :1].to("meta")
+    positions = torch.conv2d(one, kernel, None, stride, padding, dilation).shape[2:]
+    return flat.unflatten(2, positions)
 
 
 def _exact(value: Any) -> Any:

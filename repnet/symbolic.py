@@ -64,7 +64,7 @@ def kernel_of(
         raise NotAffineError(f"forward cannot be followed: {error}") from error
     if not isinstance(kernel, ConvKernel):
         raise NotAffineError(f"forward returns {type(kernel).__name__}, not one feature map")
-    return kernel
+    return kernel.to(kernel.dtype)
 
 
 @contextmanager
@@ -153,12 +153,13 @@ def _convolve(
     return _then(
         x,
         ConvKernel(
-            _exact(weight, x),
+            weight,
             _exact(bias, x),
             stride=_sizes(stride, axes),
             padding=tuple(sides),
             dilation=dilations,
             groups=groups,
+            precision=_exact_dtype(weight.dtype),
         ),
     )
 
