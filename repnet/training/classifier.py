@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from repnet.training.objectives import Objective, Supervised
 from repnet.training.parameter_groups import repvgg_parameter_groups
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -28,6 +29,9 @@ class Classifier(LightningModule):
         scheduler: called as `scheduler(optimizer, total_steps=, steps_per_epoch=)`; stepped after
             every optimizer step.
         loss: called with logits and labels in training.
+        objective: called as `objective(network, images, labels)`, returns the training loss; a
+            module with parameters of its own has them trained. None for `loss` of the logits.
+        mix: called with the images and labels of a training batch, returns others: mixup, cutmix.
         parameter_groups: called with `model`.
         channels_last: hold the model and its input in that memory format.
     """
@@ -40,6 +44,8 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] = SGD,
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        objective: Objective | None = None,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         parameter_groups: Callable[[nn.Module], Iterable[Any]] = repvgg_parameter_groups,
         channels_last: bool = False,
     ) -> None:
@@ -48,7 +54,8 @@ class Classifier(LightningModule):
         self.model = model.to(memory_format=self.memory_format)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.loss = loss or nn.CrossEntropyLoss()
+        self.objective = objective or Supervised(loss or nn.CrossEntropyLoss())
+        self.mix = mix
         self.parameter_groups = parameter_groups
         accuracies = MetricCollection(
             {
@@ -65,7 +72,9 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch
-        loss = self.loss(self(images), labels)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+        loss = self.objective(self.forward, images, labels)
         self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
@@ -85,7 +94,10 @@ class Classifier(LightningModule):
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameter_groups(self.model))
+        groups = list(self.parameter_groups(self.model))
+        if isinstance(self.objective, nn.Module) and (own := list(self.objective.parameters())):
+            groups.append({"params": own, "name": "objective"})
+        optimizer = self.optimizer(groups)
         if self.scheduler is None:
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)

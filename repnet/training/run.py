@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,25 @@ from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.spec import MODEL_PACKAGES, build
 from repnet.training.classifier import Classifier
+from repnet.training.parameter_groups import repvgg_parameter_groups
 
 # What the config of a run directory may name when a run is resumed from it.
 RESUME_PACKAGES = (
     *MODEL_PACKAGES,
     "repnet.data",
+    "repnet.training.mix",
+    "repnet.training.objectives",
     "repnet.training.parameter_groups",
     "repnet.training.schedules",
+    "repnet.callbacks.ema",
+    "repnet.callbacks.frozen_norms",
+    "repnet.callbacks.kernel_decay",
+    "repnet.callbacks.norm_health",
+    "repnet.callbacks.pictures",
+    "repnet.callbacks.progressive",
+    "repnet.callbacks.prune",
+    "repnet.callbacks.recalibration",
+    "repnet.callbacks.weight_decay",
     "torch.optim",
     "torch.nn.modules.loss",
     "torchvision.transforms.v2",
@@ -118,6 +130,11 @@ def train(
         best,
         _MovableCheckpoint(**save, filename="last"),
         SaveOnInterrupt(last),
+        *(
+            build(spec, allowed=allowed)
+            for spec in (config.get("callbacks") or {}).values()
+            if spec
+        ),
     ]
     if sys.stdout.isatty():
         callbacks.append(RichProgressBar())
@@ -143,7 +160,15 @@ def train(
         scheduler=build({**config["scheduler"], "_partial_": True}, allowed=allowed)
         if config.get("scheduler")
         else None,
-        loss=build(config["loss"], allowed=allowed),
+        objective=_objective(config, model, data, allowed),
+        mix=build(
+            _completed(config["mix"], {"num_classes": data.num_classes}, allowed), allowed=allowed
+        )
+        if config.get("mix")
+        else None,
+        parameter_groups=build({**config["parameter_groups"], "_partial_": True}, allowed=allowed)
+        if config.get("parameter_groups")
+        else repvgg_parameter_groups,
         channels_last=config["channels_last"],
     )
     if main_process:
@@ -194,18 +219,38 @@ def complete_model(
         InputError: a block was chosen for a model that takes none, or the target is not allowed.
     """
     spec = dict(config["model"])
-    target = build({**spec, "_partial_": True}, allowed=allowed).func
-    accepted = inspect.signature(target).parameters
     known = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
     if config.get("block"):
-        if "block" not in accepted:
+        if "block" not in _parameters_of(spec, allowed):
             raise InputError(f"{spec['_target_']} takes no block; remove the block=... override")
         known["block"] = config["block"]
         spec.pop("block", None)
-    for key, value in known.items():
-        if spec.get(key) is None and (key in accepted or key in spec):
-            spec[key] = value
-    return spec
+    return _completed(spec, known, allowed)
+
+
+def _completed(
+    spec: dict[str, Any], known: dict[str, Any], allowed: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return `spec` with those of the known arguments that its target takes and that it lacks."""
+    accepted = _parameters_of(spec, allowed)
+    missing = {k: v for k, v in known.items() if k in accepted or k in spec}
+    return {**spec, **{k: v for k, v in missing.items() if spec.get(k) is None}}
+
+
+def _parameters_of(spec: dict[str, Any], allowed: Sequence[str] | None) -> Collection[str]:
+    target = build({**spec, "_partial_": True}, allowed=allowed).func
+    return inspect.signature(target).parameters
+
+
+def _objective(
+    config: dict[str, Any], model: torch.nn.Module, data: Any, allowed: Sequence[str] | None
+) -> Any:
+    """Return what is minimized, with the loss, and the model and its sizes where it takes them."""
+    spec = config.get("objective") or {"_target_": "repnet.training.Supervised"}
+    known = {"num_classes": data.num_classes, "input_shape": list(data.input_shape)}
+    make = build({**_completed(spec, known, allowed), "_partial_": True}, allowed=allowed)
+    given = {"model": model} if "model" in _parameters_of(spec, allowed) else {}
+    return make(loss=build(config["loss"], allowed=allowed), **given)
 
 
 def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
