@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -82,6 +83,7 @@ def deploy(
         VerificationError: the two forms differ; only the report was written.
     """
     settings = settings or Settings()
+    started = time.perf_counter()
     directory = Path(directory)
     _check_settings(settings)
     _check_target(directory, settings.overwrite)
@@ -125,6 +127,7 @@ def deploy(
                     for key in ("samples", "agreement", "max_relative_error", "metrics")
                 },
             )
+        report["wall_seconds"] = time.perf_counter() - started
         write_json(stage / "report.json", report)
         write_html(report, stage / "report.html")
     if report["refusal"]:
