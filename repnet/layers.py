@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,9 @@ class Sum(nn.ModuleList):
         super().__init__(b for b in branches if b is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The first is the largest kernel as a rule, and a fold copies a partial sum's weight.
-        return sum(branch(x) for branch in reversed(self))
+        first, *others = (branch(x) for branch in self)
+        # The first is the largest kernel as a rule, and a fold copies the weights of partial sums.
+        return reduce(add, others) + first if others else first
 
 
 class Concat(nn.ModuleList):
@@ -181,6 +184,16 @@ def identity_bn(
 ) -> nn.BatchNorm2d | None:
     """Return batch norm as a branch of its own, or None where the shape changes."""
     return nn.BatchNorm2d(out_channels) if in_channels == out_channels and stride == 1 else None
+
+
+def global_pool(dropout: float = 0.0) -> nn.Sequential:
+    """Return average pooling to `(batch, channels)`, what stands before a linear head.
+
+    Args:
+        dropout: probability that a channel is zero in training; 0 for no such layer.
+    """
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return pool.append(nn.Dropout(dropout)) if dropout else pool
 
 
 def squeeze_excitation(channels: int, reduction: int = 16) -> SqueezeExcitation:

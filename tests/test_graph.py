@@ -194,9 +194,9 @@ CASES = {
         [],
     ),
     "row, column and norm": Case(  # more multiplications, if not more values
-        lambda: chain(Sum(conv_bn(4, 4, (1, 3)), conv_bn(4, 4, (3, 1)), norm())),
-        ["0.0.conv", "0.1.conv"],
-        ["0.2"],
+        lambda: chain(Sum(norm(), conv_bn(4, 4, (1, 3)), conv_bn(4, 4, (3, 1)))),
+        ["0.1.conv", "0.2.conv"],
+        ["0.0"],
     ),
     "pointwise, then pool": Case(  # more values, if not more multiplications
         lambda: chain(conv(4, 4, 1), nn.AvgPool2d(3)), []
@@ -687,7 +687,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *wrong: int) -> None:
                     convolution.weight.mul_(1 + 1e-6)
         return layer
 
-    monkeypatch.setattr("repnet.graph.as_module", as_module_or_wrong)
+    monkeypatch.setattr("repnet.regions.as_module", as_module_or_wrong)
 
 
 @pytest.mark.parametrize(
