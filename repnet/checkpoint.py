@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,32 @@ def model_from(
     return model
 
 
+def choose_weights(
+    contents: dict[str, Any], path: str | Path, weights: str | None
+) -> dict[str, Any]:
+    """Return a checkpoint with the set of weights that is asked for as its state dict.
+
+    Args:
+        contents: of `read_checkpoint`.
+        path: for messages.
+        weights: "ema" for the average over training, "raw" for the weights that were trained; None
+            for the set that was validated and saved.
+
+    Raises:
+        InputError: the checkpoint lacks it.
+    """
+    if weights not in (None, "ema", "raw"):
+        raise InputError(f"weights={weights} is not one of ema, raw")
+    saved = (contents.get("ema") or {}).get("saved", "raw")
+    if weights in (None, saved):
+        return contents
+    if not isinstance(contents.get(f"state_dict_{weights}"), dict):
+        raise InputError(
+            f"'{path}' holds no {weights} weights, only {saved} ones; leave out weights={weights}"
+        )
+    return {**contents, "state_dict": contents[f"state_dict_{weights}"]}
+
+
 def load_network(model: nn.Module, contents: dict[str, Any], path: str | Path) -> None:
     """Load the weights of a checkpoint into the network that it describes.
 
@@ -147,6 +174,34 @@ def find_checkpoint(path: str | Path, name: str = "best") -> Path:
     return path
 
 
+def find_valid_checkpoint(directory: str | Path) -> tuple[Path, str]:
+    """Return the checkpoint to continue a run from, and why it is not the last one, or ''.
+
+    It is `last.ckpt`; where that is missing or cannot be read, the newest one that can.
+
+    Args:
+        directory: that holds the checkpoints of one run.
+
+    Raises:
+        InputError: there is none, or none can be read; says what is wrong with each.
+    """
+    directory = Path(directory)
+    last = directory / "last.ckpt"
+    others = sorted(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    problems = []
+    if last not in others:
+        problems.append(f"'{last}' does not exist")
+    for path in sorted(others, key=lambda path: path != last):
+        try:
+            read_checkpoint(path)
+            _check_sums(path)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            return path, "; ".join(problems)
+    raise InputError(f"there is nothing to resume: {'; '.join(problems)}")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the contents of a repnet checkpoint, tensors on the CPU.
 
@@ -188,6 +243,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     ):
         raise InputError(f"'{path}' is incomplete: it lacks a config or weights")
     return contents
+
+
+def _check_sums(path: Path) -> None:
+    """Raise where a byte of a tensor changed, which `torch.load` does not notice."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if name := archive.testzip():
+                raise InputError(f"'{path}' is damaged: the checksum of '{name}' is wrong")
 
 
 def _looks_pickled(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torchvision.ops import SqueezeExcitation
 
 from repnet.blocks import Block, MobileOneBlock, PlainBlock, ResidualBlock
 from repnet.complexity import count_macs, count_parameters
+from repnet.deploy.artifact import load_deployed, save_deployed
 from repnet.errors import InputError
 from repnet.folding import reparameterize
 from repnet.layers import conv_bn
@@ -323,6 +325,88 @@ def test_the_blocks_of_a_resnet_may_be_any_callable(block: Callable[..., nn.Modu
     model = create_model("resnet18", num_classes=3, block=block, width=8)
     assert len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) == 20
     assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+# Dropout and stochastic depth
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("repvgg_tiny", {"dropout": 0.5}),
+        ("mobileone_tiny", {"dropout": 0.5}),
+        ("resnet20", {"dropout": 0.5, "drop_path": 0.5}),
+    ],
+)
+def test_dropping_changes_training_only(
+    name: str, options: dict[str, float], tmp_path: Path
+) -> None:
+    options = {"num_classes": 3, **small(name), **options}
+    model = randomize_batch_norm(create_model(name, **options)).double()
+    off = {key: 0.0 for key in ("dropout", "drop_path") if key in options}
+    plain = create_model(name, **{**options, **off}).double()
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert list(plain.state_dict()) == list(model.state_dict())
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(plain.eval()(image), model(image))
+    folded, plain_folded = reparameterize(model, image), reparameterize(plain, image)
+    assert torch.equal(folded(image), plain_folded(image))
+    save_deployed(folded, tmp_path)
+    assert torch.equal(load_deployed(tmp_path)(image), folded(image))
+    model.train()
+    assert not torch.equal(model(image), model(image))
+    plain.train()
+    assert torch.equal(plain(image), plain(image))
+
+
+def test_dropout_stands_before_the_head() -> None:
+    model = create_model("repvgg_tiny", dropout=0.25).train()
+    features: list[torch.Tensor] = []
+    model.head.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    images = torch.randn(64, 3, 8, 8)
+    model(images)
+    model.pool[2].eval()
+    model(images)
+    dropped, plain = features
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], plain[kept] / 0.75)
+    assert abs(float(kept[plain != 0].float().mean()) - 0.75) < 0.02
+
+
+def test_stochastic_depth_drops_the_blocks_of_a_unit_for_single_images() -> None:
+    model = create_model("resnet18", width=8, drop_path=0.5)
+    units = [unit for stage in model.stages for unit in stage]
+    assert [unit.drop_path.p for unit in units] == [0.5 * i / 8 for i in range(1, 9)]
+    unit = randomize_batch_norm(units[7]).double()
+    x = torch.randn(64, 64, 2, 2, dtype=torch.float64)
+    blocks = unit.second(unit.first(x))
+    unit.drop_path.train()
+    torch.manual_seed(1)
+    found = unit(x)
+    torch.manual_seed(1)
+    kept = torch.empty(64, 1, 1, 1, dtype=torch.float64).bernoulli_(0.5)
+    assert 16 < kept.sum() < 48
+    torch.testing.assert_close(found, (2 * kept * blocks + x).relu())
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        *((name, "dropout", 1.5) for name in ("repvgg_tiny", "mobileone_tiny", "resnet18")),
+        ("resnet18", "drop_path", 1.0),
+        ("resnet18", "drop_path", -0.1),
+    ],
+)
+def test_what_is_no_probability_is_refused(name: str, option: str, value: float) -> None:
+    with pytest.raises(InputError, match=option.replace("_", "_?")):
+        create_model(name, **{option: value})
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_dropping_can_be_set_in_every_config_and_is_off(name: str) -> None:
+    spec = load_choice("model", name)
+    assert spec["dropout"] == 0
+    assert spec.get("drop_path") == (0 if spec["_target_"].endswith("ResNet") else None)
 
 
 # Small images

@@ -14,7 +14,7 @@ from repnet import create_model
 from repnet.data import FakeImages
 from repnet.errors import InputError
 from repnet.training import Classifier, repvgg_parameter_groups, warmup_cosine
-from repnet.training.run import complete_model
+from repnet.training.assembly import complete_model
 
 
 def test_repvgg_decays_weights_and_identity_gammas_only() -> None:

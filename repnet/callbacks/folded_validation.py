@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -42,32 +43,53 @@ class FoldedValidation(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        # Tensors made in inference mode cannot be parameters.
-        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
-            values = self._validate(trainer, pl_module)
-        for name, value in values.items():
-            pl_module.log(f"folded/{name}", value, sync_dist=True)
+        validate_copy(trainer, pl_module, "folded", lambda: self._folded(trainer, pl_module))
 
-    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def _folded(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
         network = find_network(pl_module, self.attribute)
         example = as_example(network, next(network_inputs(trainer, pl_module, network)))
         folded = reparameterize(network, example)
         # Everything is copied but the network, in whose place the copies find the folded one.
-        copy = deepcopy(pl_module, {id(network): folded}).eval()
-        copy.trainer = trainer
-        for module in copy.modules():
-            if isinstance(module, Metric):
-                module.reset()
-        logged = _Logged()
-        copy.log, copy.log_dict = logged.log, logged.log_dict  # type: ignore[assignment]
-        copy.on_validation_epoch_start()
-        for step, args in step_arguments(trainer, pl_module):
-            logged.batch = args[0]
-            with trainer.precision_plugin.val_step_context():
-                getattr(copy, step)(*args)
-        logged.batch = None
-        copy.on_validation_epoch_end()
-        return logged.means(trainer)
+        return deepcopy(pl_module, {id(network): folded})
+
+
+def validate_copy(
+    trainer: Trainer, pl_module: LightningModule, prefix: str, make: Callable[[], LightningModule]
+) -> None:
+    """Log what the validation of a changed copy of a LightningModule logs, as `prefix/NAME`.
+
+    To be called in `on_validation_epoch_end`; see `FoldedValidation` for what it does.
+
+    Args:
+        trainer: whose validation is run again.
+        pl_module: stays as it is.
+        prefix: of the names.
+        make: returns the copy.
+    """
+    # Tensors made in inference mode cannot be parameters.
+    with isolate_rng(), torch.inference_mode(False), torch.no_grad():
+        values = _validate(trainer, pl_module, make().eval())
+    for name, value in values.items():
+        pl_module.log(f"{prefix}/{name}", value, sync_dist=True)
+
+
+def _validate(
+    trainer: Trainer, pl_module: LightningModule, copy: LightningModule
+) -> dict[str, float]:
+    copy.trainer = trainer
+    for module in copy.modules():
+        if isinstance(module, Metric):
+            module.reset()
+    logged = _Logged()
+    copy.log, copy.log_dict = logged.log, logged.log_dict  # type: ignore[assignment]
+    copy.on_validation_epoch_start()
+    for step, args in step_arguments(trainer, pl_module):
+        logged.batch = args[0]
+        with trainer.precision_plugin.val_step_context():
+            getattr(copy, step)(*args)
+    logged.batch = None
+    copy.on_validation_epoch_end()
+    return logged.means(trainer)
 
 
 class _Logged:

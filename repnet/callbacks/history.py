@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from repnet.files import write_atomically, write_text
+from repnet.callbacks.drawing import (
+    BLUE,
+    GRAY,
+    OTHERS,
+    RED,
+    new_figure,
+    percent_ticks,
+    plain_ticks,
+    save,
+)
+from repnet.callbacks.pictures import send_picture
+from repnet.callbacks.progress import StepTimer, batch_size, peak_memory
+from repnet.files import write_text
 
 COLUMNS = (
     "epoch",
@@ -21,14 +35,19 @@ COLUMNS = (
     "val/top1",
     "val/top5",
     "images_per_second",
+    "data_wait",
+    "memory_mib",
     "seconds",
 )
+MOST_RATES = 1000  # learning rates that are kept to be drawn
 
 
 class History(Callback):
     """Write `metrics.csv` after every epoch and `curves.png` at the end; time the training.
 
-    A resumed run continues the table that it finds.
+    A resumed run continues the table that it finds, also within an epoch. What other callbacks log
+    of an epoch stands in further columns. `data_wait` is the share of the training time in which
+    nothing was there to train on; `memory_mib` is `peak_memory`.
 
     Args:
         directory: of the two files.
@@ -40,14 +59,32 @@ class History(Callback):
         self.echo = not sys.stdout.isatty() if echo is None else echo
         self.rows: list[dict[str, Any]] = []
         self.images = 0
-        self.epoch_images = 0
         self.seconds = 0.0  # of training, without validation
-        self.epoch_start = self.last_batch_end = 0.0
+        self.timer = StepTimer()  # of this epoch
+        self.epoch = -1
+        self.rates: list[tuple[int, float]] = []  # step, learning rate
+        self.stride = 1  # steps between two of them
+        self.validated = False  # in this epoch
 
     @property
     def images_per_second(self) -> float:
         """Training images of all devices per second, validation not counted."""
         return self.images / self.seconds if self.seconds else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        timer = self.timer
+        return {
+            "epoch": self.epoch,
+            "timer": [timer.images, timer.seconds, timer.waited],
+            "rates": [list(pair) for pair in self.rates],
+            "stride": self.stride,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch = state_dict["epoch"]
+        self.timer.images, self.timer.seconds, self.timer.waited = state_dict["timer"]
+        self.rates = [(int(step), float(rate)) for step, rate in state_dict["rates"]]
+        self.stride = state_dict["stride"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self.directory / "metrics.csv"
@@ -60,11 +97,23 @@ class History(Callback):
         # Only now does a resumed trainer know its epoch; a row of an unfinished one is dropped.
         self.rows = [row for row in self.rows if int(row["epoch"]) < trainer.current_epoch]
         self._sum_up()
-
-        self._start_clock()  # a run that is resumed within an epoch does not start that epoch
+        self.timer.resume()
+        if trainer.current_epoch != self.epoch:
+            self._start_epoch(trainer)  # a run that is resumed within an epoch does not start it
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_clock()
+        self._start_epoch(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.timer.resume()
+        self.validated = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.timer.batch_start()
+        if trainer.global_step % self.stride == 0:
+            self._keep_rate(trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(
         self,
@@ -74,32 +123,44 @@ class History(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.epoch_images += len(batch[0]) * trainer.world_size
-        self.last_batch_end = time.perf_counter()
+        self.timer.batch_end(batch_size(batch) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        seconds = self.last_batch_end - self.epoch_start
-        self.seconds += seconds
-        self.images += self.epoch_images
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        timer = self.timer
+        self.seconds += timer.seconds
+        self.images += timer.images
+        metrics = {
+            key: float(value)
+            for key, value in trainer.callback_metrics.items()
+            if self.validated or key.startswith("train")  # Lightning keeps those of earlier epochs
+        }
         row = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             **metrics,
-            "images_per_second": self.epoch_images / seconds if seconds else 0.0,
-            "seconds": seconds,
+            "images_per_second": timer.images / timer.seconds if timer.seconds else 0.0,
+            "data_wait": timer.waited / timer.seconds if timer.seconds else 0.0,
+            "memory_mib": round(peak_memory(trainer.strategy.root_device)),
+            "seconds": timer.seconds,
         }
-        self.rows.append({key: _short(row.get(key, "")) for key in COLUMNS})
+        self.rows.append({key: _short(value) for key, value in row.items()})
         self._write()
         if self.echo:
             print(self._line(trainer, row), flush=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.rows:
-            draw_curves(self.rows, self.directory / "curves.png")
+            path = self.directory / "curves.png"
+            draw_curves(self.rows, path, self.rates)
+            send_picture(trainer.loggers, path, trainer.global_step)
+
+    def _start_epoch(self, trainer: Trainer) -> None:
+        self.epoch = trainer.current_epoch
+        self.timer.reset()
+        self.validated = False
 
     def _sum_up(self) -> None:
         """Count what earlier sessions of a resumed run have done."""
@@ -107,13 +168,21 @@ class History(Callback):
         rates = ((float(row["seconds"]), float(row["images_per_second"])) for row in self.rows)
         self.images = round(sum(seconds * rate for seconds, rate in rates))
 
-    def _start_clock(self) -> None:
-        self.epoch_start = self.last_batch_end = time.perf_counter()
-        self.epoch_images = 0
+    def _keep_rate(self, step: int, rate: float) -> None:
+        if self.rates and self.rates[-1][0] == step:  # gradients are accumulated
+            return
+        self.rates.append((step, float(rate)))
+        if len(self.rates) > MOST_RATES:
+            self.rates = self.rates[::2]
+            self.stride *= 2
 
     def _write(self) -> None:
-        lines = [",".join(COLUMNS), *(",".join(str(row[c]) for c in COLUMNS) for row in self.rows)]
-        write_text(self.directory / "metrics.csv", "\n".join(lines) + "\n")
+        columns = list(dict.fromkeys([*COLUMNS, *(key for row in self.rows for key in row)]))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.directory / "metrics.csv", table.getvalue())
 
     @staticmethod
     def _line(trainer: Trainer, row: dict[str, Any]) -> str:
@@ -122,56 +191,69 @@ class History(Callback):
             if key in row:
                 value = f"{row[key]:.2%}" if key == "val/top1" else f"{row[key]:.4f}"
                 parts.append(f"{key} {value}")
-        return "  ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])
+        parts.append(f"{row['images_per_second']:,.0f} images/s")
+        parts.append(f"data wait {row['data_wait']:.0%}")
+        return "  ".join([*parts, f"{row['memory_mib']:,} MiB"])
 
 
-def draw_curves(rows: list[dict[str, Any]], path: str | Path) -> None:
+def draw_curves(
+    rows: list[dict[str, Any]], path: str | Path, rates: Sequence[tuple[int, float]] = ()
+) -> None:
     """Draw loss, accuracy and learning rate over epochs.
 
     Args:
         rows: of `metrics.csv`.
         path: of the PNG file.
+        rates: steps and their learning rates; none for those at the end of each epoch.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    def curve(key: str) -> tuple[list[int], list[float]]:
-        points = [
-            (int(r["epoch"]) + 1, float(r[key])) for r in rows if r.get(key) not in ("", None)
-        ]
-        return [x for x, _ in points], [y for _, y in points]
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 3.8)
     loss, accuracy, rate = figure.subplots(1, 3)
-    colors = {"train": "#888888", "val": "#2266bb"}
-    for key, label in (("train/loss", "train/loss, as optimized"), ("val/loss", "val/loss")):
-        loss.plot(*curve(key), ".-", label=label, color=colors[key.split("/")[0]])
-    loss.set(title="loss", yscale="log")
-    epochs, top1 = curve("val/top1")
-    accuracy.plot(epochs, top1, ".-", label="val/top1", color=colors["val"])
+    train, validation = _curve(rows, "train/loss"), _curve(rows, "val/loss")
+    # In training the loss is what is optimized, with label smoothing, mixing and dropout.
+    loss.plot(*train, ".-", label="train, as optimized", color=GRAY)
+    loss.plot(*validation, ".-", label="validation", color=BLUE)
+    positive = [y for y in (*train[1], *validation[1]) if y > 0]
+    if positive and max(positive) > 10 * min(positive):
+        loss.set_yscale("log")
+        plain_ticks(loss.yaxis)
+    loss.set_title("loss")
+    scores = sorted({k for row in rows for k in row if k.endswith("/top1")} - {"val/top1"})
+    for key, color in zip(("val/top1", *scores), (BLUE, *OTHERS), strict=False):
+        accuracy.plot(*_curve(rows, key), ".-", label=key, color=color)
+    epochs, top1 = _curve(rows, "val/top1")
     if top1:
         best = max(range(len(top1)), key=top1.__getitem__)
-        accuracy.plot(
-            epochs[best],
-            top1[best],
-            "o",
-            ms=8,
-            mfc="none",
-            color="#cc3322",
-            label=f"best {top1[best]:.2%}, epoch {epochs[best]}",
-        )
-    accuracy.set(title="validation accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    rate.plot(*curve("learning_rate"), ".-", color="#449944", label="learning rate")
-    rate.set(title="learning rate at the end of the epoch")
+        label = f"best {top1[best]:.2%}, epoch {epochs[best]:g}"
+        accuracy.plot(epochs[best], top1[best], "o", ms=9, mfc="none", color=RED, label=label)
+    accuracy.set_title("validation accuracy")
+    percent_ticks(accuracy.yaxis)
+    steps, values = _over_epochs(rows, rates) if rates else _curve(rows, "learning_rate")
+    rate.plot(steps, values, "-" if rates else ".-", color=BLUE)
+    rate.set(title="learning rate", ylim=(0, None))
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+        if axes is not rate:
+            axes.legend(frameon=False)
+        if len(rows) > 1:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        elif axes is not rate:
+            axes.set_xticks([_curve(rows, "step")[0][0]])
+    save(figure, path)
+
+
+def _curve(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    points = [(int(r["epoch"]) + 1, float(r[key])) for r in rows if r.get(key) not in ("", None)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _over_epochs(
+    rows: list[dict[str, Any]], rates: Sequence[tuple[int, float]]
+) -> tuple[Any, list[float]]:
+    """Return rates with their steps as fractions of epochs, which may differ in length."""
+    steps = [0, *(int(row["step"]) for row in rows)]
+    epochs = [0, *(int(row["epoch"]) + 1 for row in rows)]
+    return numpy.interp([step for step, _ in rates], steps, epochs), [rate for _, rate in rates]
 
 
 def _short(value: Any) -> Any:

@@ -26,7 +26,8 @@ BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
 def run(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     """Run `job` with the composed config, and exit with the code that says how it ended.
 
-    Exit codes: 0 done, 1 unexpected error, 2 bad input, 3 verification failed, 130 interrupted.
+    Exit codes: 0 done, 1 unexpected error, 2 bad input, 3 verification failed, 130 interrupted
+    (Ctrl-C, SIGTERM or SIGUSR1).
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     errors: list[Exception] = []
@@ -46,6 +47,8 @@ def run(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     except (HydraException, OmegaConfBaseException, InputError) as error:
         _fail(message_of(error), BAD_INPUT)
     except Exception as error:  # the last resort: say what is known, and do not pretend
+        if str(error).startswith("Config group override must be"):  # Hydra's answer to group=null
+            _fail("a group cannot be set to null: leave it out, or choose none", BAD_INPUT)
         code = exit_code(error)
         if code is None:
             traceback.print_exc()
@@ -61,7 +64,7 @@ def exit_code(error: Exception) -> int | None:
         return BAD_INPUT
     if names & {"FoldMismatchError", "VerificationError"}:
         return REFUSED
-    return 1 if "NonFiniteLossError" in names else None
+    return 1 if names & {"NonFiniteLossError", "CheckpointWriteError"} else None
 
 
 def message_of(error: BaseException) -> str:

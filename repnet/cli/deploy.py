@@ -50,6 +50,7 @@ def job(cfg: DictConfig) -> None:
         latency_runs=cfg.latency.runs,
         latency_batch=cfg.latency.batch,
         overwrite=cfg.deploy.overwrite,
+        weights=cfg.weights,
     )
     try:
         report = deploy(cfg.ckpt, directory, settings)

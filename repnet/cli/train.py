@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from repnet.cli import command
+from repnet.cli import command, evaluate, sweep, trials
 from repnet.errors import InputError
 from repnet.files import write_json
 from repnet.spec import foreign_packages
@@ -25,7 +25,9 @@ _LIBRARIES = ("repnet", "torch", "torchvision", "pytorch_lightning")
 
 
 def main() -> None:
-    """Train from a config, resume a run, or sweep over configs (`-m`)."""
+    """Train from a config, resume a run, evaluate a model, or sweep over configs (`-m`)."""
+    if any(argument.lstrip("+").startswith("eval=") for argument in sys.argv[1:]):
+        sys.argv[1:] = evaluate.prepare(sys.argv[1:])
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
         if key.lstrip("+") == "resume" and value and value != "null":
@@ -33,36 +35,115 @@ def main() -> None:
             path = value.strip("'\"").replace("\\'", "'")  # as Hydra reads it
             sys.argv.append(f"hydra.run.dir={command.quoted(Path(path).resolve())}")
             break
-    command.run("train", job)
+    try:
+        sweep.require_plugins(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(command.BAD_INPUT)
+    try:
+        command.run("train", job)
+    finally:
+        sweep.finish()  # one that broke off: a worker was killed, or Ctrl-C
 
 
 def job(cfg: DictConfig) -> float | None:
-    """Run one training; in a sweep a failure is written down and the next job starts."""
+    """Run one training, or one trial of a sweep; return its best validation accuracy."""
     directory = command.output_directory()
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and not cfg.get("eval"):
+        return _trial(cfg, directory, overrides)
     try:
+        if cfg.get("eval"):
+            evaluate.run(cfg, directory)
+            return None
         result = _train(cfg, directory, overrides)
-    except Exception as error:
-        if not sweeping:
-            command.remove_if_empty(directory)
-            raise
-        message = command.message_of(error) if command.exit_code(error) else repr(error)
-        failure = {"error": message, "overrides": overrides}
-        write_json(directory / "result.json", failure)
-        print(f"job failed: {message}", file=sys.stderr, flush=True)
-        return None
+    except Exception:
+        command.remove_if_empty(directory)
+        raise
     except KeyboardInterrupt:
-        if (directory / "checkpoints" / "last.ckpt").exists():
+        if trials.process_rank() == 0 and (directory / "checkpoints" / "last.ckpt").exists():
             config = OmegaConf.to_container(cfg, resolve=True)
             resume = command.command_line("train", resume=directory, **_trust(config, _TRAINING))
             print(f"\nThe state was saved. Continue with:\n{resume}", flush=True)
         command.remove_if_empty(directory)
         raise
-    return result["val"]["top1"]
+    return None if cfg.lr_find else result["val"]["best"]
 
 
-def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, Any]:
+def _trial(cfg: DictConfig, made: Path, overrides: list[str]) -> float | None:
+    """Run one job of a sweep, unless it has been; a failure is written down.
+
+    One that was cut off continues, one that had failed is tried again. None for a failure: Optuna
+    counts it as such, and the next job starts.
+    """
+    sweep_directory = Path(HydraConfig.get().sweep.dir).absolute()
+    rank = trials.process_rank()
+    with trials.claim(sweep_directory, made, overrides, rank=rank) as directory:
+        if directory != made and rank == 0:
+            command.remove_if_empty(made)
+        result = trials.result_of(directory)
+        if result and "error" not in result:
+            if rank == 0:
+                print(f"job {directory.name} is finished: {' '.join(overrides)}", flush=True)
+            return result["val"]["best"]
+        resume = any((directory / "checkpoints").glob("*.ckpt"))
+        if rank == 0:
+            if result and result.get("type") in ("NonFiniteLossError", "InputError"):
+                resume = False  # it would come to the same end
+            if not resume:
+                trials.restart(directory)
+            (directory / "result.json").unlink(missing_ok=True)
+        try:
+            _refuse_nested_processes(cfg)
+            trust = foreign_packages([OmegaConf.to_container(cfg, resolve=True)], ())
+            again = [
+                f"resume={command.quoted(directory)}",
+                f"trust={command.quoted(sorted(trust))}",
+            ]
+            with trials.as_single_run(directory, again if resume else overrides):
+                result = _train(cfg, directory, overrides, trial_of=sorted(trust), resume=resume)
+        except Exception as error:
+            if command.exit_code(error) is None:
+                traceback.print_exc()
+            message = command.message_of(error) if command.exit_code(error) else repr(error)
+            failure = {"error": message, "type": type(error).__name__, "overrides": overrides}
+            if rank == 0:
+                write_json(directory / "result.json", failure)
+            print(f"job failed: {message}", file=sys.stderr, flush=True)
+            return None
+        return result["val"]["best"]
+
+
+def _refuse_nested_processes(cfg: DictConfig) -> None:
+    """Refuse to start processes of a trial in a process that the launcher has started."""
+    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
+    strategy, devices = str(cfg.trainer.get("strategy", "auto")), cfg.trainer.get("devices", 1)
+    several = strategy.startswith(("ddp", "fsdp")) and str(devices) != "1"
+    if several and launcher not in ("basic", "submitit_slurm"):
+        raise InputError(
+            f"trainer.strategy={strategy} on several devices cannot be started by "
+            f"hydra/launcher={launcher}; leave the launcher out, or use sweep=slurm with "
+            f"hydra.launcher.tasks_per_node={devices}"
+        )
+
+
+def _train(
+    cfg: DictConfig,
+    directory: Path,
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    trial_of: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train, and write `result.json`.
+
+    Args:
+        cfg: composed by Hydra.
+        directory: of the run.
+        overrides: of the command.
+        resume: a trial of a sweep, from its last checkpoint and with the config of the command.
+        trial_of: the packages which that config names.
+    """
     trust = list(cfg.trust)
     config: Any
     if cfg.resume and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -71,11 +152,19 @@ def _train(cfg: DictConfig, directory: Path, overrides: list[str]) -> dict[str, 
         config = _saved_config(cfg, directory, overrides)
     else:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        del config["resume"], config["trust"]
+        for key in ("resume", "trust", "eval"):
+            config.pop(key, None)
     from repnet.training.run import train  # torch is imported only when there is work to do
 
-    result = train(config, directory, resume=bool(cfg.resume), trust=trust)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    allowed = [*trust, *trial_of]
+    result = train(config, directory, resume=resume or bool(cfg.resume), trust=allowed)
+    if found := result.get("lr_find"):
+        print(
+            f"optimizer.lr={found['suggestion']:.2g} is where the loss falls fastest, a safe "
+            f"choice; it is lowest at {found['lowest']:.2g}: see {directory / 'lr_find.png'}"
+        )
+        return result
+    if trials.process_rank() == 0:
         path = directory / "result.json"
         if cfg.resume and path.exists():  # how the run was started stays known
             overrides = [*json.loads(path.read_text())["overrides"], *overrides]

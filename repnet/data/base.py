@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,10 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from repnet.data.batch_augment import BatchTransform
+from repnet.data.sampling import EpochLoader, EvaluationBatches, SeededDataset, TrainBatches
+from repnet.errors import InputError
+
 Augment = Callable[[Tensor], Tensor]
 Splits = tuple[Dataset[Any], Dataset[Any], Dataset[Any]]
 
@@ -18,7 +23,8 @@ Splits = tuple[Dataset[Any], Dataset[Any], Dataset[Any]]
 class ImageDataModule(LightningDataModule, ABC):
     """Three splits of labelled images, each with its loader.
 
-    A subclass implements `load`. After `setup`, `class_names` and `input_shape` are known.
+    A subclass implements `load`. After `setup`, `class_names` and `input_shape` are known. Each
+    process gets its share of the images: pass `use_distributed_sampler=False` to the Trainer.
 
     Args:
         mean: per channel, of images scaled to 0 ... 1.
@@ -27,7 +33,8 @@ class ImageDataModule(LightningDataModule, ABC):
         num_workers: processes that load; 0 loads in the training process, which is the fastest for
             images in memory.
         augment: v2 transforms, applied in order to each training image, uint8 `(channels, height,
-            width)`.
+            width)`; a `BatchTransform` is given whole batches of images in memory.
+        on_device: keep images in memory on the training device, and augment there.
     """
 
     class_names: list[str]
@@ -41,8 +48,10 @@ class ImageDataModule(LightningDataModule, ABC):
         batch_size: int = 64,
         num_workers: int = 0,
         augment: Sequence[Augment] = (),
+        on_device: bool = False,
     ) -> None:
         super().__init__()
+        self.on_device = on_device
         self.mean, self.std = list(mean), list(std)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -55,7 +64,18 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits is None:
-            self.splits = self.load()
+            if self.on_device and self.num_workers > 0:
+                raise InputError(
+                    f"data.on_device=true needs data.num_workers=0, not {self.num_workers}: "
+                    "nothing is left to load"
+                )
+            splits = self.load()
+            if self.on_device and not all(isinstance(split, TensorImages) for split in splits):
+                raise InputError(
+                    f"data.on_device=true is for images in memory; {type(self).__name__} reads its "
+                    "images one by one"
+                )
+            self.splits = splits
 
     @property
     def num_classes(self) -> int:
@@ -71,30 +91,52 @@ class ImageDataModule(LightningDataModule, ABC):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this process; its order follows torch's seed and the epoch.
+
+        Raises:
+            InputError: the batches of one step hold more images than the split.
+        """
         split = self._split(0)
-        # A last batch of one image has no variance for batch norm.
-        return self._loader(split, shuffle=True, drop_last=len(split) > self.batch_size)
+        batches = TrainBatches(
+            len(split),
+            self.batch_size,
+            seed=torch.initial_seed(),
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            **self._share(),
+        )
+        return self._loader(split, batches, train=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self._split(1))
+        return self._evaluation_loader(1)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self._split(2))
+        return self._evaluation_loader(2)
+
+    def _evaluation_loader(self, index: int) -> DataLoader[Any]:
+        split = self._split(index)
+        return self._loader(split, EvaluationBatches(len(split), self.batch_size, **self._share()))
+
+    def _share(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _split(self, index: int) -> Any:
         self.setup()
         assert self.splits is not None
         return self.splits[index]
 
-    def _loader(self, split: Any, **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            split,
-            batch_size=self.batch_size,
+    def _loader(self, split: Any, batches: Any, *, train: bool = False) -> DataLoader[Any]:
+        if self.on_device and self.trainer is not None:
+            split = split.to(self.trainer.strategy.root_device)
+        return (EpochLoader if train else DataLoader)(
+            SeededDataset(split) if train else split,
+            batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not self.on_device,
             collate_fn=_keep if isinstance(split, TensorImages) else None,
-            **options,
+            generator=torch.Generator(),  # else each start would draw from the global one
         )
 
 
@@ -126,6 +168,23 @@ class TensorImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def to(self, device: torch.device) -> TensorImages:
+        """Return the same images on a device.
+
+        Raises:
+            InputError: an augmentation takes images one by one, which would be slow there.
+        """
+        for transform in self.augment:
+            if not isinstance(transform, BatchTransform):
+                raise InputError(
+                    f"data.on_device=true needs augmentations of whole batches, as in "
+                    f"repnet.data.batch_augment; {type(transform).__name__} takes one image"
+                )
+        moved = copy.copy(self)
+        for name in ("images", "labels", "mean", "std"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]
@@ -133,11 +192,11 @@ class TensorImages(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Return float images `(batch, channels, height, width)` and labels `(batch,)`."""
         images = self.images[indices]
-        if self.augment:
-            augmented = list(images)
-            for transform in self.augment:
-                augmented = [transform(image) for image in augmented]
-            images = torch.stack(augmented)
+        for transform in self.augment:
+            if isinstance(transform, BatchTransform):
+                images = transform(images)
+            else:
+                images = torch.stack([transform(image) for image in images])
         return (images.float() / 255 - self.mean) / self.std, self.labels[indices]
 
 

@@ -2,96 +2,201 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
-from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import v2
+from torch import Tensor
 
-from repnet.data.base import Augment, ImageDataModule, Splits
+from repnet.data.base import Splits
+from repnet.data.decoding import SUFFIXES
+from repnet.data.encoded import EncodedDataModule, EncodedImages, Names
 from repnet.errors import InputError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-class ImageFolder(ImageDataModule):
+class ImageFolder(EncodedDataModule):
     """`ROOT/train/CLASS/IMAGE`, `ROOT/val/CLASS/IMAGE` and, if there is one, `ROOT/test/...`.
 
     Without a test folder the validation images are the test images, as is usual for ImageNet.
-    Evaluation resizes the shorter side and crops the center.
+    A class may have folders within; names that begin with a dot are passed over.
 
     Args:
         root: directory with the split folders.
-        image_size: pixels, height and width of what the network sees.
-        resize: pixels of the shorter side before the center crop; None for `image_size / 0.875`.
-        mean: per channel, of images scaled to 0 ... 1.
-        std: per channel.
-        augment: transforms of a training image, uint8 `(3, height, width)` of any size, which must
-            return `image_size`; None for a random resized crop and a flip.
-        **options: of `ImageDataModule`.
+        **options: of `EncodedDataModule`.
     """
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        image_size: int = 224,
-        resize: int | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        augment: Sequence[Augment] | None = None,
-        **options: Any,
-    ) -> None:
-        if augment is None:
-            augment = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
-        super().__init__(mean=mean, std=std, augment=augment, **options)
+    def __init__(self, root: str, **options: Any) -> None:
+        super().__init__(**options)
         self.root = Path(root)
-        self.resize = resize or round(image_size / 0.875)
-        self.input_shape = (3, image_size, image_size)
+        self.empty_files: list[str] = []
 
     def load(self) -> Splits:
-        train = self._open("train", self.augment)
-        self.class_names = list(train.classes)
-        size = self.input_shape[1]
-        evaluation: list[Any] = [v2.Resize(self.resize, antialias=True), v2.CenterCrop(size)]
-        val = self._open("val", evaluation)
-        test = self._open("test", evaluation) if (self.root / "test").is_dir() else val
+        self.empty_files = []
+        train = self._open("train")
+        val = self._open("val")
+        test = self._open("test") if (self.root / "test").is_dir() else val
         return train, val, test
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"resize": self.resize}
+    def corrupt_images(self) -> list[str]:
+        return self.empty_files + super().corrupt_images()
 
-    def _open(self, split: str, transforms: Sequence[Any]) -> torchvision.datasets.ImageFolder:
-        folder = self.root / split
-        finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        try:
-            dataset = torchvision.datasets.ImageFolder(
-                str(folder),
-                transform=v2.Compose([v2.ToImage(), *transforms, *finish]),
-                loader=_read_image,
-            )
-        except FileNotFoundError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"data.root='{self.root}' must hold {split}/CLASS/IMAGE: {reason}"
-            ) from error
-        if split != "train" and dataset.classes != self.class_names:
-            different = sorted(set(dataset.classes) ^ set(self.class_names))
-            raise InputError(
-                f"'{folder}' has other classes than '{self.root / 'train'}': {', '.join(different)}"
-            )
-        return dataset
+    def _open(self, split: str) -> FolderImages:
+        listing = scan(self.root, split)
+        if split == "train":
+            self.class_names = listing.class_names
+        else:
+            check_classes(listing, self.class_names, self.root)
+        if listing.empty_files:
+            if not self.skip_corrupt:
+                raise InputError(
+                    f"{len(listing.empty_files)} images in '{listing.folder}' have no contents: "
+                    f"{_some(listing.empty_files)}; replace or remove them, or pass "
+                    "data.skip_corrupt=true to do without them"
+                )
+            self.empty_files += [str(listing.folder / name) for name in listing.empty_files]
+        return FolderImages(
+            listing.folder, listing.names, listing.labels, **self.reading(train=split == "train")
+        )
 
 
-def _read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+class FolderImages(EncodedImages):
+    """Files below a folder.
+
+    Args:
+        folder: that the names are relative to.
+        names: of the files.
+        labels: int64 `(n,)`.
+        **options: of `EncodedImages`.
+    """
+
+    def __init__(self, folder: Path, names: Names, labels: Tensor, **options: Any) -> None:
+        super().__init__(labels, **options)
+        self.folder = str(folder)
+        self.names = names
+
+    def contents(self, index: int) -> bytes:
+        with open(self._path(index), "rb") as file:  # noqa: PTH123  half the time of a Path
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return printable(self._path(index))
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.folder, self.names[index])  # noqa: PTH118
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a split, `FOLDER/CLASS/.../IMAGE`.
+
+    Args:
+        folder: of the split.
+        class_names: in alphabetical order.
+        names: of the files, relative to `folder`, by class, then in alphabetical order.
+        sizes: bytes of each file.
+        labels: int64 `(n,)`.
+        empty_files: names of files without contents, which are not among the others.
+    """
+
+    folder: Path
+    class_names: list[str]
+    names: Names
+    sizes: list[int]
+    labels: Tensor
+    empty_files: list[str]
+
+
+def scan(root: Path, split: str) -> Listing:
+    """Return the images below `root/split`.
+
+    Raises:
+        InputError: there is no such folder, or a class without images.
+    """
+    folder = root / split
+    if not folder.is_dir():
         raise InputError(
-            f"cannot read the image '{path}' ({error}); replace or remove it"
-        ) from error
+            f"data.root='{root}' must hold {split}/CLASS/IMAGE: there is no '{folder}'"
+        )
+    class_names = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+    )
+    if not class_names:
+        raise InputError(
+            f"data.root='{root}' must hold {split}/CLASS/IMAGE: '{folder}' has no class folders"
+        )
+    names: list[str] = []
+    sizes: list[int] = []
+    labels: list[int] = []
+    empty_files: list[str] = []
+    empty_classes: list[str] = []
+    for label, class_name in enumerate(class_names):
+        if printable(class_name) != class_name:
+            raise InputError(
+                f"the name of the folder '{printable(class_name)}' in '{folder}' is not UTF-8; "
+                "rename it, as it becomes the name of the class"
+            )
+        others: Counter[str] = Counter()
+        found = len(names) + len(empty_files)
+        for name in _files(str(folder), class_name):
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  a million times
+            if suffix not in SUFFIXES:
+                others[suffix or "no suffix"] += 1
+                continue
+            size = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116
+            if size:
+                names.append(name)
+                sizes.append(size)
+                labels.append(label)
+            else:
+                empty_files.append(printable(name))
+        if len(names) + len(empty_files) == found:
+            kinds = ", ".join(f"{n} of {suffix}" for suffix, n in others.most_common(3))
+            empty_classes.append(f"{class_name}{f' (only {kinds})' if kinds else ''}")
+    if empty_classes:
+        raise InputError(
+            f"{len(empty_classes)} class folders in '{folder}' hold no images: "
+            f"{_some(empty_classes)}. Remove them from every split, or put images there "
+            f"({' '.join(SUFFIXES)})"
+        )
+    return Listing(
+        folder,
+        class_names,
+        Names(names),
+        sizes,
+        torch.tensor(labels, dtype=torch.int64),
+        empty_files,
+    )
+
+
+def check_classes(listing: Listing, class_names: list[str], root: Path) -> None:
+    """Refuse a split that has other classes than the train split.
+
+    Raises:
+        InputError: it has.
+    """
+    if listing.class_names != class_names:
+        different = sorted(set(listing.class_names) ^ set(class_names))
+        raise InputError(
+            f"'{listing.folder}' has other classes than '{root / 'train'}': {', '.join(different)}"
+        )
+
+
+def printable(name: str) -> str:
+    """Return a file name as it can be printed, whatever its bytes."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _files(folder: str, class_name: str) -> Iterator[str]:
+    """Yield the files below a class folder, in a fixed order, relative to `folder`."""
+    for place, folders, files in os.walk(f"{folder}/{class_name}", followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        prefix = place[len(folder) + 1 :]
+        yield from (f"{prefix}/{name}" for name in sorted(files) if name[0] != ".")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from repnet.data.base import ImageDataModule, Splits, TensorImages, split_indices
+from repnet.data.encoded import check_labels
 from repnet.errors import InputError
 
 
@@ -71,10 +72,15 @@ class _TorchvisionImages(ImageDataModule):
                 f"that holds it as data.root=DIR, or fetch it with data.download=true"
             ) from error
         self.class_names = list(data.classes)
-        return self.as_images(data.data), torch.as_tensor(data.targets)
+        labels = torch.as_tensor(data.targets)
+        check_labels(labels, self.class_names, f"{name} in data.root='{self.root}'")
+        return self.as_images(data.data), labels
 
     def _open(self, train: bool) -> Any:
-        return self.dataset(self.root, train=train, download=self.download)
+        return self._open_at(self.root, train, self.download)
+
+    def _open_at(self, root: str, train: bool, download: bool = False) -> Any:
+        return self.dataset(root, train=train, download=download)
 
     @staticmethod
     @abstractmethod
@@ -101,7 +107,7 @@ class MNIST(_TorchvisionImages):
             for path in packed:
                 with gzip.open(path) as source, (copy / path.stem).open("wb") as target:
                     shutil.copyfileobj(source, target)
-            return self.dataset(root, train=train)
+            return self._open_at(root, train)
 
     @staticmethod
     def as_images(data: Any) -> Tensor:
@@ -116,6 +122,44 @@ class FashionMNIST(MNIST):
     channel_std: ClassVar[Sequence[float]] = [0.3530]
 
 
+class KMNIST(MNIST):
+    """70,000 cursive Japanese letters of 28 x 28 pixels (arXiv:1812.01718), `ROOT/KMNIST/raw/`."""
+
+    dataset: ClassVar[Any] = torchvision.datasets.KMNIST
+    channel_mean: ClassVar[Sequence[float]] = [0.1918]
+    channel_std: ClassVar[Sequence[float]] = [0.3483]
+
+
+class EMNIST(MNIST):
+    """Handwritten letters and digits of 28 x 28 pixels (arXiv:1702.05373), `ROOT/EMNIST/raw/`.
+
+    Args:
+        root: directory that holds the data set in torchvision's layout.
+        subset: `balanced` (47 classes), `byclass` (62), `bymerge` (47), `letters` (26, of both
+            cases), `digits` or `mnist` (10).
+        **options: of the other data sets of torchvision.
+    """
+
+    dataset: ClassVar[Any] = torchvision.datasets.EMNIST
+    channel_mean: ClassVar[Sequence[float]] = [0.1736]
+    channel_std: ClassVar[Sequence[float]] = [0.3317]
+
+    def __init__(self, root: str = "data", *, subset: str = "balanced", **options: Any) -> None:
+        super().__init__(root, **options)
+        self.subset = subset
+
+    def read(self, *, train: bool) -> tuple[Tensor, Tensor]:
+        images, labels = super().read(train=train)
+        images = images.transpose(2, 3).contiguous()  # the files hold them transposed
+        if self.subset == "letters":  # torchvision has a class 0 without images
+            self.class_names = self.class_names[1:]
+            labels = labels - 1
+        return images, labels
+
+    def _open_at(self, root: str, train: bool, download: bool = False) -> Any:
+        return self.dataset(root, split=self.subset, train=train, download=download)
+
+
 class CIFAR10(_TorchvisionImages):
     """60,000 color images of 32 x 32 pixels, `ROOT/cifar-10-batches-py/`."""
 
@@ -126,3 +170,11 @@ class CIFAR10(_TorchvisionImages):
     @staticmethod
     def as_images(data: Any) -> Tensor:
         return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
+
+
+class CIFAR100(CIFAR10):
+    """60,000 color images of 32 x 32 pixels in 100 classes, `ROOT/cifar-100-python/`."""
+
+    dataset: ClassVar[Any] = torchvision.datasets.CIFAR100
+    channel_mean: ClassVar[Sequence[float]] = [0.5071, 0.4865, 0.4409]
+    channel_std: ClassVar[Sequence[float]] = [0.2673, 0.2564, 0.2762]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from repnet import __version__
-from repnet.checkpoint import find_checkpoint, model_from, read_checkpoint
+from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_checkpoint
 from repnet.complexity import count_macs, count_parameters
 from repnet.data import ImageDataModule
 from repnet.deploy.artifact import save_deployed
@@ -52,6 +52,7 @@ class Settings:
         latency_runs: timed forward passes of each form.
         latency_batch: images of each.
         overwrite: replace what the directory holds.
+        weights: "ema" or "raw" of a checkpoint that holds both; None for those that it validated.
     """
 
     trust: Sequence[str] = ()
@@ -62,6 +63,7 @@ class Settings:
     latency_runs: int = 50
     latency_batch: int = 1
     overwrite: bool = False
+    weights: str | None = None
 
 
 def deploy(
@@ -88,7 +90,7 @@ def deploy(
     _check_settings(settings)
     _check_target(directory, settings.overwrite)
     path = find_checkpoint(checkpoint)
-    contents = read_checkpoint(path)
+    contents = choose_weights(read_checkpoint(path), path, settings.weights)
     entry = contents["repnet"]
     device = _device(settings.device)
     train_form = model_from(contents, path, trust=settings.trust).eval()
@@ -263,6 +265,7 @@ def _provenance(
     return {
         "checkpoint": str(path.resolve()),
         "checkpoint_sha256": sha256(path),
+        "weights": settings.weights or (contents.get("ema") or {}).get("saved", "raw"),
         "epoch": contents.get("epoch"),
         "step": contents.get("global_step"),
         "model": contents["repnet"]["config"]["model"],

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repnet.blocks import MobileOneBlock
+from repnet.layers import global_pool
 from repnet.layers import squeeze_excitation as squeeze
 from repnet.models.repvgg import BASE_CHANNELS
 
@@ -31,9 +32,11 @@ class MobileOne(nn.Module):
         squeeze_excitation: units at the end of each stage whose blocks, both of them, have
             attention, with a 16th of the channels (S4: 0, 0, 5, 1); a number is for all stages.
         strides: of the stem and of the first unit of each stage.
+        dropout: probability of a zero before the head, in training.
 
     Raises:
-        ValueError: not as many depths, widths, strides or counts of attention as stages.
+        ValueError: not as many depths, widths, strides or counts of attention as stages, or
+            `dropout` is not within 0 to 1.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class MobileOne(nn.Module):
         num_branches: int = 4,
         squeeze_excitation: int | Sequence[int] = 0,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         stages = len(BASE_CHANNELS)
@@ -79,7 +83,7 @@ class MobileOne(nn.Module):
                 stage.append(pointwise(channels, out_channels, **options))
                 channels = out_channels
             self.stages.append(stage)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.pool = global_pool(dropout)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from repnet.blocks import RepVGGBlock
+from repnet.layers import global_pool
 
 BASE_CHANNELS = (64, 128, 256, 512)
 
@@ -29,9 +30,11 @@ class RepVGG(nn.Module):
         groups: of every second block after the stem, up to the 26th (table 3: B1g4 and others).
         squeeze_excitation: after each block's convolution, with a 16th of the channels (D2se).
         strides: of the stem and of the first block of each stage.
+        dropout: probability of a zero before the head, in training.
 
     Raises:
-        ValueError: not as many depths, widths or strides as stages.
+        ValueError: not as many depths, widths or strides as stages, or `dropout` is not within 0
+            to 1.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class RepVGG(nn.Module):
         groups: int = 1,
         squeeze_excitation: bool = False,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if {len(depths), len(widths), len(strides) - 1} != {len(BASE_CHANNELS)}:
@@ -72,7 +76,7 @@ class RepVGG(nn.Module):
                 )
                 channels = out_channels
             self.stages.append(stage)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.pool = global_pool(dropout)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

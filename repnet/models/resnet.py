@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from repnet.blocks import PlainBlock
-from repnet.layers import conv_bn
+from repnet.layers import conv_bn, global_pool
 
 Layer = Callable[..., nn.Module]
 
@@ -32,9 +33,13 @@ class ResNet(nn.Module):
         stem_kernel_size: pixels.
         strides: of the stem, of the max pooling after it (1 for none), and of the first unit of
             each stage; None for 2, 2, 1, and 2 in each further stage.
+        dropout: probability of a zero before the head, in training.
+        drop_path: stochastic depth (arXiv:1603.09382): probability that the last unit leaves out
+            its blocks for an image in training; it grows linearly over the units, equation 4.
 
     Raises:
-        ValueError: `depths` is empty, or there are not two more strides than stages.
+        ValueError: `depths` is empty, there are not two more strides than stages, or a probability
+            lies outside 0 to 1.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class ResNet(nn.Module):
         block: Layer = PlainBlock,
         stem_kernel_size: int = 7,
         strides: Sequence[int] | None = None,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if not depths:
@@ -62,18 +69,28 @@ class ResNet(nn.Module):
         )
         if strides[1] > 1:
             self.stem.append(nn.MaxPool2d(3, strides[1], 1))
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and less than 1, not {drop_path}")
         self.stages = nn.Sequential()
         channels = width
+        units = 0
         for index, (depth, stride) in enumerate(zip(depths, strides[2:], strict=True)):
             stage = nn.Sequential()
             for position in range(depth):
                 out_channels = width * 2**index
+                units += 1
                 stage.append(
-                    ResidualUnit(channels, out_channels, block, stride=1 if position else stride)
+                    ResidualUnit(
+                        channels,
+                        out_channels,
+                        block,
+                        stride=1 if position else stride,
+                        drop_path=drop_path * units / sum(depths),
+                    )
                 )
                 channels = out_channels
             self.stages.append(stage)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.pool = global_pool(dropout)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,10 +106,18 @@ class ResidualUnit(nn.Module):
         out_channels: of the output; the shortcut is the identity where it equals `in_channels`.
         block: `first` and `second`, see `ResNet`.
         stride: of `first`; the shortcut is the identity only at 1.
+        drop_path: probability that an image takes only the shortcut in training; else
+            `second(first(x))` is divided by the rest, so that the mean stays.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, block: Layer, *, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        block: Layer,
+        *,
+        stride: int = 1,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.first = block(in_channels, out_channels, stride=stride, groups=1)
@@ -101,10 +126,11 @@ class ResidualUnit(nn.Module):
         self.shortcut = (
             nn.Identity() if keeps_shape else conv_bn(in_channels, out_channels, 1, stride=stride)
         )
+        self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
         self.activation = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.second(self.first(x)) + self.shortcut(x))
+        return self.activation(self.drop_path(self.second(self.first(x))) + self.shortcut(x))
 
 
 def _without_activation(block: Layer) -> Layer:

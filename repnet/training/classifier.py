@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from repnet.errors import InputError
 from repnet.training.objectives import Objective, Supervised
-from repnet.training.parameter_groups import repvgg_parameter_groups
+from repnet.training.parameter_groups import repvgg_parameter_groups, scale_learning_rates
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
@@ -57,6 +58,10 @@ class Classifier(LightningModule):
         self.objective = objective or Supervised(loss or nn.CrossEntropyLoss())
         self.mix = mix
         self.parameter_groups = parameter_groups
+        # Lightning's own mean over processes truncates uneven counts of images.
+        self.losses = nn.ModuleDict({f"{split}_loss": MeanMetric() for split in ("val", "test")})
+        self.loss_sum: Tensor | float = 0.0  # of this epoch's steps
+        self.loss_steps = 0
         accuracies = MetricCollection(
             {
                 "top1": MulticlassAccuracy(num_classes, average="micro"),
@@ -75,8 +80,28 @@ class Classifier(LightningModule):
         if self.mix is not None:
             images, labels = self.mix(images, labels)
         loss = self.objective(self.forward, images, labels)
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
+        # Summed here and logged once, which is much cheaper than a log of each step.
+        self.loss_sum = self.loss_sum + loss.detach()
+        self.loss_steps += 1
+        if self.trainer.is_last_batch:
+            self._log_loss()
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.loss_steps:  # the epoch was cut short
+            self._log_loss()
+
+    def _log_loss(self) -> None:
+        mean = self.loss_sum / self.loss_steps
+        self.log("train/loss", mean, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
+        self.loss_sum, self.loss_steps = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_loss"] = {"sum": float(self.loss_sum), "steps": self.loss_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("epoch_loss", {"sum": 0.0, "steps": 0})
+        self.loss_sum, self.loss_steps = saved["sum"], saved["steps"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._evaluate(batch, "val")
@@ -90,17 +115,22 @@ class Classifier(LightningModule):
         loss = nn.functional.cross_entropy(logits.float(), labels)
         metrics = self.accuracies[f"{split}_accuracy"]
         metrics.update(logits, labels)  # type: ignore[operator]
-        self.log(f"{split}/loss", loss, batch_size=len(images), sync_dist=True)
+        mean = self.losses[f"{split}_loss"]
+        mean.update(loss, len(images))  # type: ignore[operator]
+        self.log(f"{split}/loss", mean, on_step=False, on_epoch=True)  # type: ignore[arg-type]
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
         groups = list(self.parameter_groups(self.model))
         if isinstance(self.objective, nn.Module) and (own := list(self.objective.parameters())):
             groups.append({"params": own, "name": "objective"})
-        optimizer = self.optimizer(groups)
+        optimizer = scale_learning_rates(self.optimizer(groups))
         if self.scheduler is None:
             return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise InputError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        total = int(steps)
         epochs = self.trainer.max_epochs or 1
         steps_per_epoch = max(1, math.ceil(total / epochs)) if epochs > 0 else total
         scheduler = self.scheduler(optimizer, total_steps=total, steps_per_epoch=steps_per_epoch)

@@ -279,9 +279,8 @@ _RATES = ("drop_prob", "drop_rate", "drop_path_rate", "dropout")
 def drops(model: nn.Module) -> bool:
     """Return whether dropout or stochastic depth is active in a model in training."""
     for module in model.modules():
-        names = _RATES
-        if isinstance(module, StochasticDepth) or "drop" in type(module).__name__.lower():
-            names = (*_RATES, "p")
+        dropping = isinstance(module, StochasticDepth) or "drop" in type(module).__name__.lower()
+        names = (*_RATES, "p") if dropping else _RATES
         rates = [getattr(module, name, None) for name in names]
         if any(isinstance(rate, float | int) and rate > 0 for rate in rates):
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,61 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from repnet import __version__
 from repnet.callbacks import (
     CheckpointEntry,
+    CorruptImages,
     History,
+    LastCheckpoint,
+    Pictures,
+    RandomState,
     SafeCheckpointIO,
     SaveOnInterrupt,
+    SkipNonFiniteSteps,
     StopOnNonFiniteLoss,
+    ThroughputBar,
 )
-from repnet.checkpoint import describe, load_network, read_checkpoint
+from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
 from repnet.complexity import count_parameters
 from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.spec import MODEL_PACKAGES, build
-from repnet.training.classifier import Classifier
-from repnet.training.parameter_groups import repvgg_parameter_groups
+from repnet.training.assembly import build_classifier, build_model, images_per_step
+from repnet.training.find_lr import find_learning_rate
+from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
+from repnet.training.profiling import build_profiler
+from repnet.weights import load_weights
 
+# What a config that says nothing of these means: that of an older run, or of a library's caller.
+DEFAULTS: dict[str, Any] = {
+    "callbacks": {},
+    "channels_last": False,
+    "checkpoint": {
+        "every_n_steps": None,
+        "every_minutes": None,
+        "monitor": "val/top1",
+        "mode": "max",
+    },
+    "lr_find": False,
+    "on_nan": "stop",
+    "pictures": False,
+    "pretrained": None,
+    "pretrained_head": False,
+}
 # What the config of a run directory may name when a run is resumed from it.
 RESUME_PACKAGES = (
     *MODEL_PACKAGES,
     "repnet.data",
+    "repnet.training.auxiliary_heads",
+    "repnet.training.losses",
     "repnet.training.mix",
     "repnet.training.objectives",
     "repnet.training.parameter_groups",
     "repnet.training.schedules",
+    "repnet.training.teacher",
     "repnet.callbacks.ema",
     "repnet.callbacks.frozen_norms",
     "repnet.callbacks.kernel_decay",
@@ -56,9 +83,12 @@ RESUME_PACKAGES = (
     "repnet.callbacks.weight_decay",
     "torch.optim",
     "torch.nn.modules.loss",
+    "torchvision.transforms.autoaugment",
     "torchvision.transforms.v2",
     "pytorch_lightning.trainer",
     "pytorch_lightning.loggers.csv_logs",
+    "pytorch_lightning.loggers.mlflow",
+    "pytorch_lightning.loggers.wandb",
     "pytorch_lightning.loggers.tensorboard",
 )
 
@@ -75,8 +105,9 @@ def train(
     Args:
         config: the composed config, resolved, as plain data.
         directory: of the run; made if it is not there.
-        resume: continue from `directory/checkpoints/last.ckpt`; `config` came out of a file then,
-            and may name only what `RESUME_PACKAGES` and `trust` hold.
+        resume: continue from the last valid checkpoint in `directory/checkpoints`, else from the
+            beginning; `config` came out of a file then, and may name only what `RESUME_PACKAGES`
+            and `trust` hold.
         trust: packages.
 
     Returns:
@@ -85,16 +116,23 @@ def train(
     Raises:
         InputError: something in the config or the data is wrong.
         NonFiniteLossError: the training diverged.
-        KeyboardInterrupt: Ctrl-C, after the state was saved.
+        CheckpointWriteError: the disk took no checkpoint; the one before it is whole.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1, after the state was saved.
     """
     started = time.perf_counter()
     _quiet()
+    config = DEFAULTS | config
     allowed = (*RESUME_PACKAGES, *trust) if resume else None
     checkpoints = directory / "checkpoints"
     last = checkpoints / "last.ckpt"
-    main_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if resume and not last.exists():
-        raise InputError(f"there is nothing to resume: '{last}' does not exist")
+    main_process = is_main_process()
+    start: Path | None = None  # the checkpoint to continue from
+    if resume and any(checkpoints.glob("*.ckpt")):
+        start, problem = find_valid_checkpoint(checkpoints)
+        if problem and main_process:
+            print(f"continuing from '{start}': {problem}", flush=True)
+    elif resume and main_process:
+        print(f"'{directory}' holds no checkpoint yet: the run starts from its beginning")
     if not resume and main_process and checkpoints.exists():
         raise InputError(
             f"'{directory}' already holds a run; continue it with resume={directory}, or choose "
@@ -105,16 +143,25 @@ def train(
         config = _confined(config, directory)
     data = build(config["data"], allowed=allowed)
     data.setup()
-    config = {**config, "model": complete_model(config, data, allowed)}
-    model = build(config["model"], allowed=allowed)
+    data.train_dataloader()  # refuses batches that the data cannot fill, before anything is written
+    config, model = build_model(config, data, allowed)
+    if config["pretrained"] and not start:
+        print(load_weights(model, config["pretrained"], head=config["pretrained_head"]), flush=True)
     previous_seconds = 0.0
     if resume:  # before anything is written: the checkpoint is whole, and fits the config
-        load_network(model, read_checkpoint(last), last)
+        if start:
+            load_network(model, read_checkpoint(start), start)
         previous_seconds = _previous_seconds(directory)
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
         trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
     _refuse_crashing_layout(config)
+    trainer_options["profiler"] = build_profiler(trainer_options.get("profiler"), directory)
+    if config["lr_find"] and not resume:
+        classifier = build_classifier(config, model, data, allowed, data.batch_size)
+        make_trainer = build(trainer_options, allowed=allowed)
+        found = find_learning_rate(make_trainer, classifier, data, path=directory / "lr_find.png")
+        return {"lr_find": {"suggestion": found.suggestion, "lowest": found.lowest}}
 
     history = History(directory)
     save: dict[str, Any] = {
@@ -122,29 +169,37 @@ def train(
         "save_top_k": 1,
         "enable_version_counter": False,
     }
-    best = _MovableCheckpoint(**save, filename="best", monitor="val/top1", mode="max")
+    keep = config["checkpoint"]
+    best = _MovableCheckpoint(
+        **save, filename="best", monitor=keep["monitor"], mode=_one_of(keep, "mode", "max", "min")
+    )
+    on_nan = {"stop": StopOnNonFiniteLoss, "skip": SkipNonFiniteSteps}
+    nan_policy = on_nan[_one_of(config, "on_nan", *on_nan)](path=directory / "nan_batch.pt")
     callbacks: list[pl.Callback] = [
         CheckpointEntry(describe(config, data.describe())),
-        StopOnNonFiniteLoss(),
         history,
+        CorruptImages(),
         best,
-        _MovableCheckpoint(**save, filename="last"),
-        SaveOnInterrupt(last),
-        *(
-            build(spec, allowed=allowed)
-            for spec in (config.get("callbacks") or {}).values()
-            if spec
+        *(build(spec, allowed=allowed) for spec in config["callbacks"].values() if spec),
+        nan_policy,  # after what changes gradients
+        LastCheckpoint(
+            last, every_n_steps=keep["every_n_steps"], every_minutes=keep["every_minutes"]
         ),
+        RandomState(),
+        SaveOnInterrupt(last),
     ]
+    if config["pictures"]:
+        callbacks.append(Pictures())
     if sys.stdout.isatty():
-        callbacks.append(RichProgressBar())
-    logger = build(config["logger"], allowed=allowed) if config.get("logger") else False
+        callbacks.append(ThroughputBar())
+    loggers = build_loggers(config.get("logger"), allowed=allowed)
     try:
         trainer: pl.Trainer = build(trainer_options, allowed=allowed)(
             callbacks=callbacks,
-            logger=logger,
+            logger=loggers,
             plugins=[SafeCheckpointIO()],
             default_root_dir=directory,
+            use_distributed_sampler=False,  # the data sets share themselves out
             enable_model_summary=False,
             enable_progress_bar=sys.stdout.isatty(),
         )
@@ -153,48 +208,42 @@ def train(
         raise InputError(
             f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
         ) from error
-    classifier = Classifier(
-        model,
-        data.num_classes,
-        optimizer=build({**config["optimizer"], "_partial_": True}, allowed=allowed),
-        scheduler=build({**config["scheduler"], "_partial_": True}, allowed=allowed)
-        if config.get("scheduler")
-        else None,
-        objective=_objective(config, model, data, allowed),
-        mix=build(
-            _completed(config["mix"], {"num_classes": data.num_classes}, allowed), allowed=allowed
-        )
-        if config.get("mix")
-        else None,
-        parameter_groups=build({**config["parameter_groups"], "_partial_": True}, allowed=allowed)
-        if config.get("parameter_groups")
-        else repvgg_parameter_groups,
-        channels_last=config["channels_last"],
-    )
+    classifier = build_classifier(config, model, data, allowed, images_per_step(trainer, data))
     if main_process:
         write_text(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         _announce(config, data, model, trainer, directory)
-    _uninterrupted(
-        trainer,
-        lambda: trainer.fit(
-            classifier, data, ckpt_path=str(last) if resume else None, weights_only=True
-        ),
-    )
-    chosen = best.best_model_path or str(last)
-    tested = _uninterrupted(
-        trainer,
-        lambda: trainer.test(classifier, data, ckpt_path=chosen, weights_only=True, verbose=False),
-    )
+    try:
+        _uninterrupted(
+            trainer,
+            lambda: trainer.fit(
+                classifier, data, ckpt_path=str(start) if start else None, weights_only=True
+            ),
+        )
+        chosen = best.best_model_path or str(last)
+        tested = _uninterrupted(
+            trainer,
+            lambda: trainer.test(
+                classifier, data, ckpt_path=chosen, weights_only=True, verbose=False
+            ),
+        )
+    finally:
+        close_loggers(loggers)
     score = best.best_model_score
+    value = None if score is None else round(float(score), 6)
     return {
         # torchmetrics counts in float32
         "test": {key.removeprefix("test/"): round(value, 6) for key, value in tested[0].items()},
-        "val": {"top1": None if score is None else round(float(score), 6)},
+        "val": {
+            "top1": value if keep["monitor"] == "val/top1" else None,
+            "monitor": keep["monitor"],
+            "best": value,
+        },
         "best_checkpoint": chosen,
         "images_per_second": history.images_per_second,
         "wall_seconds": previous_seconds + time.perf_counter() - started,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
+        "skipped_steps": getattr(nan_policy, "skipped", 0),
         "seed": config["seed"],
         "parameters": count_parameters(model),
         "device": _device(trainer),
@@ -202,64 +251,10 @@ def train(
     }
 
 
-def complete_model(
-    config: dict[str, Any], data: Any, allowed: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Return the model's description with what the data and the block group decide.
-
-    `num_classes`, `in_channels` and `block` are added where the model's target takes them by name
-    and the config is silent, or where the config says null.
-
-    Args:
-        config: with the entries `model` and `block`.
-        data: an `ImageDataModule` after `setup`.
-        allowed: packages that the target must be defined in; None for the user's own config.
-
-    Raises:
-        InputError: a block was chosen for a model that takes none, or the target is not allowed.
-    """
-    spec = dict(config["model"])
-    known = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
-    if config.get("block"):
-        if "block" not in _parameters_of(spec, allowed):
-            raise InputError(f"{spec['_target_']} takes no block; remove the block=... override")
-        known["block"] = config["block"]
-        spec.pop("block", None)
-    return _completed(spec, known, allowed)
-
-
-def _completed(
-    spec: dict[str, Any], known: dict[str, Any], allowed: Sequence[str] | None
-) -> dict[str, Any]:
-    """Return `spec` with those of the known arguments that its target takes and that it lacks."""
-    accepted = _parameters_of(spec, allowed)
-    missing = {k: v for k, v in known.items() if k in accepted or k in spec}
-    return {**spec, **{k: v for k, v in missing.items() if spec.get(k) is None}}
-
-
-def _parameters_of(spec: dict[str, Any], allowed: Sequence[str] | None) -> Collection[str]:
-    target = build({**spec, "_partial_": True}, allowed=allowed).func
-    return inspect.signature(target).parameters
-
-
-def _objective(
-    config: dict[str, Any], model: torch.nn.Module, data: Any, allowed: Sequence[str] | None
-) -> Any:
-    """Return what is minimized, with the loss, and the model and its sizes where it takes them."""
-    spec = config.get("objective") or {"_target_": "repnet.training.Supervised"}
-    known = {"num_classes": data.num_classes, "input_shape": list(data.input_shape)}
-    make = build({**_completed(spec, known, allowed), "_partial_": True}, allowed=allowed)
-    given = {"model": model} if "model" in _parameters_of(spec, allowed) else {}
-    return make(loss=build(config["loss"], allowed=allowed), **given)
-
-
 def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Return a config that came out of a file so that it writes to `directory` only."""
     data = {key: value for key, value in config["data"].items() if key != "download"}
-    logger = config.get("logger")
-    if logger:
-        names = {key: Path(str(logger.get(key) or "")).name for key in ("name", "version")}
-        logger = {"_target_": logger.get("_target_"), "save_dir": str(directory), **names}
+    logger = confined_loggers(config.get("logger"), directory)
     trainer = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
     return {**config, "data": data, "logger": logger, "trainer": trainer}
 
@@ -270,6 +265,12 @@ def _previous_seconds(directory: Path) -> float:
     if not path.exists():
         return 0.0
     return float(json.loads(path.read_text(encoding="utf-8")).get("wall_seconds") or 0)
+
+
+def is_main_process() -> bool:
+    """Return whether this is the first process of all nodes; known before Lightning starts."""
+    known = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return int(next((rank for rank in known if rank is not None), 0)) == 0
 
 
 def versions() -> dict[str, str]:
@@ -308,6 +309,14 @@ def _uninterrupted(trainer: pl.Trainer, call: Any) -> Any:
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+    except MisconfigurationException as error:  # such as checkpoint.monitor=NOTHING
+        raise InputError(str(error)) from error
+
+
+def _one_of(config: dict[str, Any], key: str, *choices: str) -> str:
+    if config[key] not in choices:
+        raise InputError(f"{key}={config[key]} is not one of {', '.join(choices)}")
+    return str(config[key])
 
 
 def _on_cpu(config: dict[str, Any]) -> bool:

@@ -145,6 +145,11 @@ def _sets(contents: Mapping[str, Any], name: str) -> tuple[Named | None, Named |
     """Return the trained and the averaged weights, each with the name of its entry."""
     if not contents:
         raise InputError(f"{name} is empty")
+    entry = contents.get("ema")
+    if isinstance(entry, Mapping) and entry.get("saved") in ("ema", "raw"):  # of EMAWeights
+        keys = {"raw": "state_dict_raw", "ema": "state_dict_ema", entry["saved"]: "state_dict"}
+        sets = [(keys[kind], contents[keys[kind]]) for kind in ("raw", "ema")]
+        return sets[0], sets[1]
     raw = [(key, contents[key]) for key in _RAW if isinstance(contents.get(key), Mapping)]
     average = [(key, contents[key]) for key in _EMA if isinstance(contents.get(key), Mapping)]
     if not raw and not average:

@@ -1,0 +1,88 @@
+"""`FreezeBatchNorm`: norms whose statistics training does not move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repnet.callbacks.reparameterize import find_network
+from repnet.errors import InputError
+from repnet.surgery import Where
+
+
+class FreezeBatchNorm(Callback):
+    """Hold batch norms in evaluation through all epochs, for fine-tuning with small batches.
+
+    They work with their running statistics, as they do when deployed. (To share statistics over
+    processes instead, `Trainer(sync_batchnorm=True)` does.)
+
+    Args:
+        where: a glob for names within the network (`*` matches dots, too), a predicate of `(name,
+            module)`, a type of norm or of a module around it, or a list of these, of which any may
+            hold; None for all.
+        affine: also freeze their weights and biases.
+        attribute: where the network is, as in `Reparameterize`.
+
+    Raises:
+        InputError: nothing is selected.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[FreezeBatchNorm("backbone.*")])
+    """
+
+    def __init__(
+        self,
+        where: Where | Sequence[Where] | None = None,
+        *,
+        affine: bool = True,
+        attribute: str | None = None,
+    ) -> None:
+        self.where = where
+        self.affine = affine
+        self.attribute = attribute
+        self.norms: dict[str, _BatchNorm] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        network = find_network(pl_module, self.attribute)
+        norms = {n: m for n, m in network.named_modules() if isinstance(m, _BatchNorm)}
+        conditions = (
+            self.where
+            if isinstance(self.where, Sequence) and not isinstance(self.where, str)
+            else ["*" if self.where is None else self.where]
+        )
+        self.norms = {
+            name: norm
+            for name, norm in norms.items()
+            if any(_holds(condition, name, norm, network) for condition in conditions)
+        }
+        if not self.norms:
+            raise InputError(
+                f"FreezeBatchNorm(where={self.where!r}) selects no batch norm; there are "
+                + (", ".join(norms) or "none")
+            )
+        if self.affine:
+            for norm in self.norms.values():
+                norm.requires_grad_(False)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for norm in self.norms.values():  # whatever has called `train()`
+            norm.training = False
+
+
+def _holds(condition: Where, name: str, norm: nn.Module, network: nn.Module) -> bool:
+    if isinstance(condition, str):
+        return fnmatchcase(name, condition)
+    if isinstance(condition, type):
+        parts = name.split(".")
+        around = (network.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+        return isinstance(norm, condition) or any(isinstance(m, condition) for m in around)
+    return condition(name, norm)

@@ -1,0 +1,72 @@
+"""`evaluate`: any network on the test split of any data set, with pictures."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from repnet.callbacks import Pictures
+from repnet.complexity import count_parameters
+from repnet.errors import InputError
+from repnet.spec import build
+from repnet.training.classifier import Classifier
+from repnet.training.loggers import build_loggers, close_loggers
+
+
+def evaluate(
+    model: nn.Module, data: Any, config: dict[str, Any], directory: str | Path
+) -> dict[str, Any]:
+    """Return loss, accuracies and speed; write pictures and `per_class.csv` to `directory`.
+
+    Args:
+        model: of either form.
+        data: an `ImageDataModule` whose `num_classes` are the model's.
+        config: its `trainer`, `logger` and `channels_last` are used.
+        directory: made if it is not there.
+
+    Raises:
+        InputError: the trainer cannot be set up.
+    """
+    trainer_options = {**config["trainer"], "_partial_": True}
+    trainer_options.pop("sync_batchnorm", None)  # nothing is trained
+    loggers = build_loggers(config.get("logger"))
+    try:
+        trainer: pl.Trainer = build(trainer_options)(
+            callbacks=[Pictures(directory)],
+            logger=loggers,
+            default_root_dir=directory,
+            use_distributed_sampler=False,  # the data sets share themselves out
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).rstrip("!.")
+        raise InputError(
+            f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
+        ) from error
+    classifier = Classifier(
+        model.eval(), data.num_classes, channels_last=config.get("channels_last", False)
+    )
+    started = time.perf_counter()
+    try:
+        tested = trainer.test(classifier, data, verbose=False)[0]
+    finally:
+        close_loggers(loggers)
+    seconds = time.perf_counter() - started
+    samples = len(data.splits[2])
+    return {
+        "test": {key.removeprefix("test/"): round(value, 6) for key, value in tested.items()},
+        "samples": samples,
+        "classes": data.num_classes,
+        "parameters": count_parameters(model),
+        "images_per_second": samples / seconds,
+        "device": str(trainer.strategy.root_device),
+        "precision": str(trainer.precision),
+    }

@@ -1,0 +1,89 @@
+"""Lightning loggers from a config: one, or several by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from repnet.errors import InputError
+from repnet.spec import build
+
+# Logger and the module that it needs; the extra of repnet has the name that the error gives.
+_NEEDS = {
+    "TensorBoardLogger": ("tensorboard", "tensorboard"),
+    "WandbLogger": ("wandb", "wandb"),
+    "MLFlowLogger": ("mlflow", "mlflow"),
+}
+# What a resumed run's logger keeps of its config: plain words, no path and no address.
+_KEPT = ("name", "version", "project", "group", "experiment_name", "run_name", "offline")
+
+
+def build_loggers(config: Any, *, allowed: Sequence[str] | None = None) -> list[Any]:
+    """Return the loggers that `config` describes.
+
+    Args:
+        config: a description with `_target_`, a dict of descriptions by name, or None.
+        allowed: packages that targets must be defined in; None for the user's own config.
+
+    Raises:
+        InputError: a library is not installed, or a logger does not take its arguments.
+    """
+    # MLflow 3.7 and later want to be told that a store in files is meant.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    loggers = []
+    for spec in _descriptions(config):
+        kind = str(spec["_target_"]).rpartition(".")[2]
+        module, extra = _NEEDS.get(kind, ("", ""))
+        if module and find_spec(module) is None:
+            raise InputError(f'{kind} needs {module}: pip install "repnet[{extra}]"')
+        loggers.append(build(spec, allowed=allowed))
+    return loggers
+
+
+def confined_loggers(config: Any, directory: Path) -> dict[str, Any]:
+    """Return the loggers of a config that came out of a file, so that they write to `directory`.
+
+    Addresses of servers are dropped: those of the environment (`MLFLOW_TRACKING_URI`,
+    `WANDB_BASE_URL`) count. W&B and MLflow continue the run that they find in `directory`.
+    """
+    confined = {}
+    for index, spec in enumerate(_descriptions(config)):
+        kind = str(spec["_target_"]).rpartition(".")[2]
+        # A name may not lead out of the directory.
+        kept = {
+            k: Path(v).name if isinstance(v, str) else v
+            for k, v in spec.items()
+            if k in _KEPT and isinstance(v, str | bool)
+        }
+        folder = directory / "mlflow" if kind == "MLFlowLogger" else directory
+        kept |= _continued(kind, directory)
+        confined[str(index)] = {"_target_": spec["_target_"], "save_dir": str(folder), **kept}
+    return confined
+
+
+def close_loggers(loggers: Sequence[Any]) -> None:
+    """Finish what would otherwise go on into the next run of this process: W&B."""
+    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
+        import wandb
+
+        wandb.finish()
+
+
+def _descriptions(config: Any) -> list[dict[str, Any]]:
+    if not config:
+        return []
+    return [config] if "_target_" in config else [spec for spec in config.values() if spec]
+
+
+def _continued(kind: str, directory: Path) -> dict[str, str]:
+    """Return the identity of the run that an earlier session has logged to, if there is one."""
+    if kind == "WandbLogger":  # wandb/offline-run-DATE_TIME-ID, wandb/run-DATE_TIME-ID
+        runs = sorted(directory.glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime)
+        return {"id": runs[-1].name.rpartition("-")[2]} if runs else {}
+    if kind == "MLFlowLogger":
+        runs = sorted(directory.glob("mlflow/*/*/meta.yaml"), key=lambda p: p.stat().st_mtime)
+        return {"run_id": runs[-1].parent.name} if runs else {}
+    return {}

@@ -1,0 +1,34 @@
+"""Lightning's profilers, with what they find in the run's directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+
+from repnet.errors import InputError
+
+_PROFILERS: dict[str, Any] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+
+
+def build_profiler(name: Any, directory: str | Path) -> Any:
+    """Return the profiler of that name, which writes `profile/*-profile.txt` in `directory`.
+
+    Args:
+        name: `simple` (seconds by hook), `advanced` (by function), `pytorch` (by operation, with a
+            trace for TensorBoard or Perfetto); a profiler or None is returned as it is.
+        directory: of the run.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if not isinstance(name, str):
+        return name
+    if name not in _PROFILERS:
+        raise InputError(f"trainer.profiler={name} is not one of {', '.join(_PROFILERS)}")
+    return _PROFILERS[name](dirpath=Path(directory) / "profile", filename="profile")

@@ -1,0 +1,120 @@
+"""Several processes train as one does with the same global batch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import ROOT, environment, run
+
+# Batch norm takes its statistics from the batch of one process, and CPUs have no SyncBatchNorm:
+# what must agree to rounding is everything else, so the network has none.
+NETWORK = """
+from torch import nn
+
+
+class Network(nn.Sequential):
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 16, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(256, num_classes),
+        )
+"""
+OPTIONS = ["--config-dir", "configs", "model=mine", "augment=none", "optimizer.lr=0.05",
+           "trainer.max_epochs=2", "trainer.accelerator=cpu",
+           "trainer.precision=64-true"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ddp")
+    (directory / "mine.py").write_text(NETWORK)
+    (directory / "configs" / "model").mkdir(parents=True)
+    (directory / "configs" / "model" / "mine.yaml").write_text(
+        "_target_: mine.Network\nnum_classes: null\nin_channels: null\n"
+    )
+    run("train.py", *OPTIONS, "data.batch_size=64", "hydra.run.dir=one", cwd=directory,
+        PYTHONPATH=f"{ROOT}:{directory}")  # fmt: skip
+    return directory
+
+
+def check_same(directory: Path, name: str) -> None:
+    """Compare the curves and the weights of `name` with those of the single process."""
+    tables = []
+    for run_name in ("one", name):
+        with (directory / run_name / "metrics.csv").open() as file:
+            tables.append(list(csv.DictReader(file)))
+    assert len(tables[0]) == len(tables[1]) == 2
+    for expected, row in zip(*tables, strict=True):
+        assert expected["step"] == row["step"]
+        for key in ("train/loss", "val/loss", "val/top1", "learning_rate"):
+            assert float(row[key]) == pytest.approx(float(expected[key]), rel=1e-5), key
+    assert float(tables[0][1]["train/loss"]) < 0.8 * float(tables[0][0]["train/loss"])
+    expected_state, state = (
+        torch.load(directory / n / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for n in ("one", name)
+    )
+    for key in expected_state:
+        torch.testing.assert_close(state[key], expected_state[key], rtol=1e-9, atol=1e-10)
+    results = [json.loads((directory / n / "result.json").read_text()) for n in ("one", name)]
+    assert results[1]["test"] == pytest.approx(results[0]["test"], rel=1e-5)
+    assert results[1]["device"] == "2 x cpu"
+
+
+def test_two_processes_train_like_one(workplace: Path) -> None:
+    run("train.py", *OPTIONS, "trainer=ddp", "trainer.devices=2", "data.batch_size=32",
+        "hydra.run.dir=two", cwd=workplace, PYTHONPATH=f"{ROOT}:{workplace}")  # fmt: skip
+    check_same(workplace, "two")
+
+
+def test_the_documented_torchrun_command_trains_like_one(workplace: Path) -> None:
+    """Two "machines" of one process each, as `docs/scale.md` starts them."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    command = next(line for line in text.splitlines() if line.startswith("torchrun "))
+    words = [{"NODES": "2", "NODE": "RANK", "GPUS": "1"}.get(w, w) for w in
+             shlex.split(command.replace("=", " = "))]  # fmt: skip
+    words = shlex.split(" ".join(words).replace(" = ", "="))
+    assert "hydra.run.dir=DIR" in words
+    port = 20000 + os.getpid() % 20000
+    processes = []
+    for rank in (0, 1):
+        arguments = [
+            w.replace("RANK", str(rank)).replace("HOST:29500", f"127.0.0.1:{port}")
+            .replace("HOST", "127.0.0.1").replace("train.py", str(ROOT / "train.py"))
+            for w in words[1 : words.index("train.py") + 1]
+        ]  # fmt: skip
+        arguments += [*OPTIONS, "trainer=ddp", "trainer.num_nodes=2", "trainer.devices=1",
+                      "data.batch_size=32", "hydra.run.dir=nodes"]  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *arguments],
+                cwd=workplace,
+                env=environment(PYTHONPATH=f"{ROOT}:{workplace}"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    for process in processes:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    check_same(workplace, "nodes")
+
+
+def test_fsdp_needs_gpus(tmp_path: Path) -> None:
+    shown = run("train.py", "--cfg", "job", "trainer=fsdp", cwd=tmp_path)
+    assert "strategy: fsdp" in shown.stdout
+    refused = run("train.py", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2",
+                  "hydra.run.dir=run", cwd=tmp_path, code=2)  # fmt: skip
+    assert "fsdp" in refused.stderr.lower()
+    assert "gpu" in refused.stderr.lower()
+    assert not list(tmp_path.glob("run/*"))
