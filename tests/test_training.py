@@ -14,7 +14,8 @@ from repnet import create_model
 from repnet.data import FakeImages
 from repnet.errors import InputError
 from repnet.training import Classifier, repvgg_parameter_groups, warmup_cosine
-from repnet.training.assembly import complete_model
+from repnet.training.announcement import ParameterTable
+from repnet.training.assembly import build_classifier, build_model, complete_model
 
 
 def test_repvgg_decays_weights_and_identity_gammas_only() -> None:
@@ -95,3 +96,61 @@ def test_the_model_learns_from_the_data_what_it_must_know() -> None:
     assert complete_model({"model": foreign}, data) == {**foreign, "num_classes": 7}
     with pytest.raises(InputError, match="takes no block"):
         complete_model({"model": foreign, "block": block}, data)
+
+
+def test_the_parameter_groups_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    data = FakeImages(image_size=8, train_size=64, batch_size=16)
+    module = Classifier(create_model("repvgg_tiny", num_classes=10), 10)
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[ParameterTable()],
+    )
+    trainer.fit(module, data)
+    printed = capsys.readouterr().out
+    values = sum(p.numel() for p in module.parameters())
+    assert "SGD" in printed
+    cells = [line.split("│")[3] for line in printed.splitlines() if line.startswith("│")]
+    sizes = [int(cell.replace(",", "")) for cell in cells if cell.strip()]
+    assert sum(sizes) == values
+    assert "0.0001" in printed
+
+
+def config_of(**changes: Any) -> dict[str, Any]:
+    model = {"_target_": "repnet.models.RepVGG", "depths": [1] * 4, "widths": [0.25] * 4,
+             "strides": [1, 1, 2, 2, 1]}  # fmt: skip
+    return {
+        "model": model,
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+        "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
+        "channels_last": False,
+        **changes,
+    }
+
+
+def test_the_learning_rate_follows_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    data = FakeImages(image_size=8)
+    data.setup()
+    config = config_of(lr_scaling={"rule": "linear", "base_batch": 256})
+    config, model = build_model(config, data)
+    module = build_classifier(config, model, data, None, 1024)
+    assert module.optimizer(model.parameters()).param_groups[0]["lr"] == pytest.approx(0.4)
+    assert capsys.readouterr().out == "lr 0.4 = 0.1 x 1024/256\n"
+    assert config["optimizer"]["lr"] == 0.1  # a resumed run scales again
+
+
+def test_a_model_that_does_not_fit_the_images_is_refused() -> None:
+    data = FakeImages(image_size=8)
+    data.setup()
+    spec = config_of()["model"]
+    with pytest.raises(InputError, match="3 values for an image, and the data has 10 classes"):
+        build_model(config_of(model={**spec, "num_classes": 3}), data)
+    large = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Conv2d",
+             "in_channels": 3, "out_channels": 4, "kernel_size": 9}]}  # fmt: skip
+    with pytest.raises(InputError, match="Sequential does not run on an image of 3x8x8"):
+        build_model(config_of(model=large), data)

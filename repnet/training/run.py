@@ -39,6 +39,7 @@ from repnet.complexity import count_parameters
 from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.spec import MODEL_PACKAGES, build
+from repnet.training.announcement import ParameterTable
 from repnet.training.assembly import build_classifier, build_model, images_per_step
 from repnet.training.find_lr import find_learning_rate
 from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
@@ -155,7 +156,7 @@ def train(
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
         trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
-    _refuse_crashing_layout(config)
+    _refuse_impossible_precision(config)
     trainer_options["profiler"] = build_profiler(trainer_options.get("profiler"), directory)
     if config["lr_find"] and not resume:
         classifier = build_classifier(config, model, data, allowed, data.batch_size)
@@ -177,6 +178,7 @@ def train(
     nan_policy = on_nan[_one_of(config, "on_nan", *on_nan)](path=directory / "nan_batch.pt")
     callbacks: list[pl.Callback] = [
         CheckpointEntry(describe(config, data.describe())),
+        ParameterTable(),
         history,
         CorruptImages(),
         best,
@@ -324,13 +326,17 @@ def _on_cpu(config: dict[str, Any]) -> bool:
     return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
 
 
-def _refuse_crashing_layout(config: dict[str, Any]) -> None:
-    """Refuse float32 channels_last training on CPU.
+def _refuse_impossible_precision(config: dict[str, Any]) -> None:
+    """Refuse what a CPU cannot train in: half precision, and float32 in channels_last.
 
     torch 2.13 and 2.14 end in a segmentation fault in the backward pass of a 1x1 stride-2
     convolution of 3 or 4 channels, the stem of these networks (oneDNN).
     """
     precision = str(config["trainer"].get("precision", "32"))
+    if precision.startswith("16") and _on_cpu(config):
+        raise InputError(
+            f"trainer.precision={precision} needs a GPU; on the CPU use bf16-mixed or 32-true"
+        )
     if config["channels_last"] and _on_cpu(config) and "bf16" not in precision:
         raise InputError(
             "channels_last=true in float32 on the CPU crashes torch in the stem's backward pass; "
