@@ -148,7 +148,7 @@ def test_a_model_that_does_not_fit_the_images_is_refused() -> None:
     data = FakeImages(image_size=8)
     data.setup()
     spec = config_of()["model"]
-    with pytest.raises(InputError, match="3 values for an image, and the data has 10 classes"):
+    with pytest.raises(InputError, match="3 values for an image, the data has 10 classes"):
         build_model(config_of(model={**spec, "num_classes": 3}), data)
     large = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Conv2d",
              "in_channels": 3, "out_channels": 4, "kernel_size": 9}]}  # fmt: skip

@@ -155,6 +155,6 @@ def _check_fit(model: nn.Module, data: Any) -> None:
             ) from error
     if isinstance(logits, torch.Tensor) and logits.shape[1:] != (data.num_classes,):
         raise InputError(
-            f"{name} returns {tuple(logits.shape[1:])} values for an image, and the data has "
-            f"{data.num_classes} classes; leave out model.num_classes, which the data decides"
+            f"{name} returns {'x'.join(map(str, logits.shape[1:]))} values for an image, the data "
+            f"has {data.num_classes} classes; leave out model.num_classes, which the data decides"
         )
