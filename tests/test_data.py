@@ -285,6 +285,22 @@ def test_skipped_images_are_reported_once(capsys: pytest.CaptureFixture[str]) ->
     assert second.endswith("and 2 more")
 
 
+def test_links_to_nothing_and_in_circles(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"train": ["cat", "dog"], "val": ["cat", "dog"]})
+    (root / "train" / "cat" / "circle").symlink_to("..")
+    (root / "train" / "cat" / "itself").symlink_to(".")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "more.png").write_bytes(png())
+    (root / "train" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
+    data = ImageFolder(str(root), image_size=16)
+    data.setup()
+    assert data.splits is not None
+    assert len(data.splits[0]) == 3 + 3 + 1  # type: ignore[arg-type]
+    (root / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"have no contents: cat/gone\.png"):
+        ImageFolder(str(root), image_size=16).setup()
+
+
 def test_names_of_all_kinds(tmp_path: Path) -> None:
     root = image_folder(tmp_path, {"train": ["Ünïcode 猫", "dog"], "val": ["Ünïcode 猫", "dog"]})
     folder = root / "train" / "Ünïcode 猫"

@@ -212,6 +212,20 @@ def test_the_range_test_finds_where_the_loss_falls(
     assert [file.name for file in tmp_path.iterdir()] == ["lr_find.png"]
 
 
+def test_the_range_test_counts_steps_of_several_batches() -> None:
+    loader = DataLoader(torch.zeros(7, 1))  # type: ignore[arg-type]
+    found, expected = (
+        find_learning_rate(
+            functools.partial(make, accumulate_grad_batches=batches),
+            Quadratic(), loader, low=1e-4, high=100, steps=60,
+        )
+        for batches in (7, 1)
+    )  # fmt: skip
+    assert found.rates == expected.rates
+    numpy.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    assert found.suggestion == expected.suggestion
+
+
 def test_a_loss_that_is_never_a_number_is_an_error() -> None:
     class Broken(Quadratic):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -58,6 +58,19 @@ def test_tensorboard_and_csv_at_once(tmp_path: Path) -> None:
     assert {"train/loss", "val/top1", "test/top1"} <= set(events.Tags()["scalars"])
 
 
+def test_a_resumed_run_keeps_the_table_of_lightning(tmp_path: Path) -> None:
+    loggers = {"0": config("csv", tmp_path)}
+    run(loggers, tmp_path)
+    first = tmp_path / "csv" / "metrics.csv"
+    before = {first: first.read_text()}
+    for session in ("session_2", "session_3"):
+        loggers = confined_loggers(loggers, tmp_path)
+        run(loggers, tmp_path)
+        assert {table: table.read_text() for table in before} == before
+        table = tmp_path / "csv" / session / "metrics.csv"
+        before[table] = table.read_text()
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -112,6 +125,9 @@ def test_a_resumed_config_keeps_names_and_nothing_else(tmp_path: Path) -> None:
                      "name": "evil", "version": "x"}  # fmt: skip
     assert second == {"_target_": crafted["b"]["_target_"], "save_dir": str(tmp_path / "mlflow"),
                       "run_name": "mine"}  # fmt: skip
+    up = {**crafted["a"], "name": "..", "version": ".."}
+    (confined,) = confined_loggers(up, tmp_path).values()
+    assert confined["name"] == confined["version"] == ""
     with pytest.raises(InputError, match="may not be built from a file"):
         build_loggers({"_target_": "os.system", "command": "ls"}, allowed=["pytorch_lightning"])
 

@@ -220,6 +220,19 @@ def test_frozen_norms_stay_frozen(affine: bool) -> None:
     assert torch.equal(after["net.1.weight"], before["net.1.weight"]) is affine
 
 
+def test_synchronized_norms_stay_frozen() -> None:
+    class Synchronize(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            nn.SyncBatchNorm.convert_sync_batchnorm(pl_module)  # as `sync_batchnorm=True`
+
+    module = Module()
+    before = deepcopy(module.state_dict())
+    trainer(Synchronize(), FreezeBatchNorm()).fit(module, data(), data())  # no GPU: it is frozen
+    assert isinstance(module.net[1], nn.SyncBatchNorm)
+    for key in ("1.running_mean", "1.weight", "5.running_var", "5.num_batches_tracked"):
+        assert torch.equal(module.state_dict()[f"net.{key}"], before[f"net.{key}"])
+
+
 def test_what_is_frozen_is_chosen() -> None:
     def frozen(where: Any) -> list[str]:
         freeze = FreezeBatchNorm(where)

@@ -606,3 +606,10 @@ def test_runs_train_with_objectives_mixing_losses_and_augmentation(tmp_path: Pat
     assert not any(
         "objective" in key for key in load_checkpoint(tmp_path / "third")[0].state_dict()
     )
+
+
+def test_a_base_in_a_config_is_given_what_it_asks_for(tmp_path: Path) -> None:
+    heads = "{_target_: repnet.training.AuxiliaryHeads, _partial_: true, places: [stages.1]}"
+    train_with(tmp_path, "objective=rdrop", "model.dropout=0.2", f"+objective.base={heads}")
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert "objective.base.heads.0.2.weight" in state

@@ -214,6 +214,14 @@ def test_the_bar_shows_speed_waiting_memory_and_loss(
     assert "images/s: 1 data wait: 25% memory:" in screen.getvalue()
 
 
+def test_the_bar_shows_the_loss_of_a_batch_also_where_several_make_a_step() -> None:
+    bar = ThroughputBar(seconds=0)
+    run = trainer(bar, enable_progress_bar=True, accumulate_grad_batches=4, max_epochs=1)
+    bar._trainer = run
+    bar.loss = torch.tensor(0.5)  # what Lightning hands over of a loss of 2
+    assert bar.get_metrics(run, module())["loss"] == 2
+
+
 def test_the_bar_reads_no_metric_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     bar = ThroughputBar(seconds=3600)
     reads = []

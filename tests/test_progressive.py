@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from repnet.callbacks import ProgressiveAugmentation, ProgressiveResizing
+from repnet.callbacks.progressive import _Resize
 from repnet.data.augment import ProgressiveRandAugment
 from repnet.errors import InputError
 
@@ -116,6 +117,13 @@ def test_the_shorter_side_counts_and_resizing_is_antialiased() -> None:
     resizing.on_exception(trainer, module, RuntimeError())
     module.net(images, torch.ones(1))
     assert received[1] is images
+
+
+def test_images_in_half_precision_are_resized() -> None:
+    images = torch.rand(2, 3, 12, 12)
+    half = _Resize(7).resized(images.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), _Resize(7).resized(images), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -130,6 +130,18 @@ def test_every_schedule_of_the_configs_resumes_where_it_was(name: str) -> None:
     assert run(resumed, again, 63) == run(optimizer, schedule, 63)
 
 
+def test_a_resumed_cycle_may_last_longer() -> None:
+    first, second = sgd(1.0), sgd(1.0)
+    short = one_cycle(first, total_steps=TOTAL, steps_per_epoch=EPOCH)
+    run(first, short)
+    longer = one_cycle(second, total_steps=2 * TOTAL, steps_per_epoch=EPOCH)
+    second.load_state_dict(first.state_dict())
+    longer.load_state_dict(short.state_dict())
+    unbroken = sgd(1.0)
+    rates = run(unbroken, one_cycle(unbroken, total_steps=200, steps_per_epoch=EPOCH), 200)
+    assert run(second, longer)[1:] == rates[101:]  # the first one was set before
+
+
 def test_the_learning_rate_scales_with_the_batch() -> None:
     assert scaled_learning_rate(0.1, 256, 1024) == pytest.approx(0.4)
     assert scaled_learning_rate(0.1, 256, 64) == pytest.approx(0.025)

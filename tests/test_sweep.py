@@ -104,6 +104,32 @@ def test_optuna_prunes_survives_nan_and_continues(tmp_path: Path) -> None:
     assert len(table(tmp_path)) == 3  # what failed was tried again where it was
 
 
+def test_a_search_in_which_every_trial_fails_ends_with_the_table(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    options = [*SMALL, "sweep=optuna", "optimizer.lr=interval(0.1,0.2)", "hydra.sweeper.n_trials=2"]
+    result = run("train.py", "-m", *options, "data.batch_size=9999", cwd=tmp_path, code=1)
+    assert "Traceback" not in result.stderr
+    assert "error: 2 of 2 jobs failed" in result.stderr
+    assert "job 1 failed: data.batch_size=9999 does not fit" in result.stdout
+    assert [row["status"] for row in table(tmp_path)] == ["failed", "failed"]
+
+
+def test_a_learning_rate_is_not_looked_for_in_a_sweep(tmp_path: Path) -> None:
+    result = run("train.py", "-m", *SMALL, "lr_find=true", "seed=0", cwd=tmp_path, code=1)
+    assert "job 0 failed: lr_find=true" in result.stdout
+
+
+def test_lists_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for job, value in enumerate(("[ema]", "[/ema,prune]")):
+        (tmp_path / str(job)).mkdir()
+        record = json.dumps({"overrides": [f"callbacks={value}"]})
+        (tmp_path / str(job) / trials.RECORD).write_text(record)
+    sweep.summarize(tmp_path)
+    shown = capsys.readouterr().out
+    assert "[ema]" in shown
+    assert "[/ema,prune]" in shown
+
+
 def test_a_killed_trial_is_in_the_table_and_resumes(tmp_path: Path) -> None:
     options = [*SMALL, "seed=0,1", "trainer.max_epochs=15"]
     process = subprocess.Popen(
@@ -178,6 +204,7 @@ def test_pictures_take_what_sweeps_leave(tmp_path: Path, keys: list[str]) -> Non
         {"job": "0", "block": "ac", "lr": "0.1", "n": "1", "val_top1": 0.9},
         {"job": "1", "block": "null", "lr": "1e-05", "n": "1", "val_top1": None},
         {"job": "2", "block": "a" * 60, "lr": "0.1", "val_top1": 0.9},
+        {"job": "3", "block": r"$\q{$", "lr": "0.1", "val_top1": 0.8},
     ]
     draw_sweep(rows, keys, tmp_path / "sweep.png")
     draw_sweep(rows[:1], keys, tmp_path / "one.png")

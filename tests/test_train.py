@@ -119,6 +119,23 @@ def test_a_resumed_config_runs_only_what_it_may(
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.parametrize("key", ["callbacks", "objective"])
+def test_a_resumed_config_sends_nothing_to_a_server(finished: tuple[Path, str], key: str) -> None:
+    directory = finished[0]
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    logger = {"_target_": "pytorch_lightning.loggers.MLFlowLogger", "tracking_uri": "http://evil"}
+    crafted = {"_target_": "repnet.callbacks.pictures.send_picture", "loggers": [logger],
+               "path": str(directory / "config.yaml")}  # fmt: skip
+    config[key] = {"x": crafted} if key == "callbacks" else {**config[key], "base": crafted}
+    with pytest.raises(InputError, match=r"MLFlowLogger' may not be built from a file"):
+        train(config, directory, resume=True)
+
+
+def test_an_override_that_would_do_nothing_is_refused(finished: tuple[Path, str]) -> None:
+    refused = run("train.py", f"resume={finished[0]}", "optimizer.lr=0.001", cwd=ROOT, code=2)
+    assert "optimizer cannot be changed in a resumed run" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [("model=repvgg_a00", "repvgg_a0"), ("block=residul", "residual"), ("data=digit", "digits")],
@@ -141,6 +158,7 @@ def test_unknown_names_are_answered_with_the_nearest(
         ("+optimizer.learning_rate=1", "learning_rate"),
         ("trainer.precision=8", "Precision"),
         ("resume=nowhere", "is not a run"),
+        (f"resume={__file__}", "is a file; pass the directory of the run"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(
@@ -259,6 +277,7 @@ def test_a_crafted_run_directory_deletes_and_writes_nothing_elsewhere(copied: Pa
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["logger"] = {"_target_": "pytorch_lightning.loggers.CSVLogger", "save_dir": str(victim),
                         "name": "../victim", "version": "x"}  # fmt: skip
+    config["callbacks"] = {"x": {"_target_": "repnet.callbacks.Pictures", "_args_": [str(victim)]}}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     (copied / "curves.png").unlink()
     (copied / "curves.png").symlink_to(victim / "curves.png")

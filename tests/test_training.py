@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 from torch import nn
 
 from repnet import create_model
@@ -82,6 +82,50 @@ def test_classifier_works_in_a_foreign_script(tmp_path: Any) -> None:
 
 def config(**model: Any) -> dict[str, Any]:
     return {"model": {"_target_": "repnet.models.RepVGG", **model}, "block": None}
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 7}, {"max_steps": 7, "max_epochs": 50}])
+def test_an_epoch_is_one_where_steps_end_the_training(limits: dict[str, int]) -> None:
+    data = FakeImages(image_size=8, classes=3, train_size=24, batch_size=4)  # 6 batches
+    seen: list[dict[str, int]] = []
+
+    def schedule(optimizer: Any, **options: int) -> Any:
+        seen.append(options)
+        return warmup_cosine(optimizer, **options)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, accumulate_grad_batches=2, limit_val_batches=0, **limits,
+    )  # fmt: skip
+    trainer.fit(Classifier(model, 3, scheduler=schedule), data)
+    assert seen == [{"total_steps": 7, "steps_per_epoch": 3}]
+
+
+def test_an_epoch_cut_short_has_its_own_loss() -> None:
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.logged: list[float] = []
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            self.logged.append(float(trainer.callback_metrics["train/loss"]))
+
+    steps: list[float] = []
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        value = nn.functional.cross_entropy(logits, labels)
+        steps.append(value.item())
+        return value
+
+    losses = Losses()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, limit_val_batches=0, max_steps=8, callbacks=[losses],
+    )  # fmt: skip
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    data = FakeImages(image_size=8, classes=3, train_size=24, batch_size=4)
+    trainer.fit(Classifier(model, 3, loss=loss), data)
+    assert losses.logged == pytest.approx([sum(steps[:6]) / 6, sum(steps[6:]) / 2])
 
 
 def test_the_model_learns_from_the_data_what_it_must_know() -> None:

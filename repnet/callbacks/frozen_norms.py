@@ -71,6 +71,11 @@ class FreezeBatchNorm(Callback):
             for norm in self.norms.values():
                 norm.requires_grad_(False)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Since the setup, `sync_batchnorm` has put others in their places.
+        network: Any = find_network(pl_module, self.attribute)
+        self.norms = {name: network.get_submodule(name) for name in self.norms}
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -119,7 +119,8 @@ class ThroughputBar(RichProgressBar):
         items: dict[str, Any] = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         if isinstance(self.loss, Tensor):
-            items["loss"] = self.loss.item()
+            # Lightning has divided it by the batches of a step.
+            items["loss"] = self.loss.item() * trainer.accumulate_grad_batches
         timer = self.timer
         self.window.append((timer.images, timer.seconds, timer.waited))
         images, seconds, waited = (

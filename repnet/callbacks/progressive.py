@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,7 +81,9 @@ class _Resize:
             new = [round(side * new[0] / min(old)) for side in old]
         if list(old) == list(new):
             return value
-        return functional.interpolate(value, new, mode="bilinear", antialias=True)
+        wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        resized = functional.interpolate(wide, new, mode="bilinear", antialias=True)
+        return resized.to(value.dtype)  # not every device interpolates in half precision
 
 
 class ProgressiveAugmentation(Callback):

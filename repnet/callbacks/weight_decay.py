@@ -23,7 +23,7 @@ class WeightDecaySchedule(Callback):
         shape: "cosine" for half a cosine, or "linear".
 
     Raises:
-        InputError: `shape` is unknown, or the training has no end.
+        InputError: `shape` is unknown, the training has no end, or the optimizer no weight decay.
 
     Example:
         >>> trainer = Trainer(max_epochs=300, callbacks=[WeightDecaySchedule(1e-5)])
@@ -38,6 +38,12 @@ class WeightDecaySchedule(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if math.isinf(trainer.estimated_stepping_batches):
             raise InputError("WeightDecaySchedule needs an end: set max_epochs or max_steps")
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if not any(group.get(INITIAL, group.get("weight_decay")) for group in groups):
+            raise InputError(
+                "WeightDecaySchedule changes the weight decay of the optimizer, which has none: "
+                "set optimizer.weight_decay"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         total = trainer.estimated_stepping_batches * len(trainer.optimizers)

@@ -23,11 +23,20 @@ from repnet.spec import CONFIGS, unknown_name
 BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
 
 
-def run(config_name: str, job: Callable[[DictConfig], Any]) -> None:
+def run(
+    config_name: str,
+    job: Callable[[DictConfig], Any],
+    explain: Callable[[Exception], str | None] = lambda error: None,
+) -> None:
     """Run `job` with the composed config, and exit with the code that says how it ended.
 
     Exit codes: 0 done, 1 unexpected error, 2 bad input, 3 verification failed, 130 interrupted
     (Ctrl-C, SIGTERM or SIGUSR1).
+
+    Args:
+        config_name: of the file in `configs`.
+        job: called with the config.
+        explain: returns the message of an error that says too little itself, else None.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
     errors: list[Exception] = []
@@ -49,6 +58,8 @@ def run(config_name: str, job: Callable[[DictConfig], Any]) -> None:
     except Exception as error:  # the last resort: say what is known, and do not pretend
         if str(error).startswith("Config group override must be"):  # Hydra's answer to group=null
             _fail("a group cannot be set to null: leave it out, or choose none", BAD_INPUT)
+        if message := explain(error):
+            _fail(message, 1)
         code = exit_code(error)
         if code is None:
             traceback.print_exc()

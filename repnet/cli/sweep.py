@@ -69,6 +69,15 @@ def finish() -> None:
             directory.rmdir()
 
 
+def explain(error: Exception) -> str | None:
+    """Return what is to be said of an error that a sweeper raises because every job failed."""
+    # Optuna looks for the best trial; which words say that there is none depends on its storage.
+    rows = collect(_unfinished[-1]) if _unfinished and isinstance(error, ValueError) else []
+    if rows and all(row["error"] for row in rows):
+        return f"{len(rows)} of {len(rows)} jobs failed"
+    return None
+
+
 def require_plugins(arguments: Sequence[str]) -> None:
     """Check that what the command chooses is installed.
 
@@ -247,7 +256,7 @@ def _show(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) ->
     for row in rows:
         cells = [_cell(column, row) for column in shown]
         table.add_row(*cells, style=styles.get(row.get("status", "")))
-    Console().print(table)
+    Console(markup=False).print(table)  # a list is no markup: callbacks=[ema]
 
 
 def _cell(column: str, row: dict[str, Any]) -> str:

@@ -237,4 +237,5 @@ def _label(key: str) -> str:
 
 
 def _short(text: str, length: int = 22) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    text = text if len(text) <= length else f"{text[: length - 1]}…"
+    return text.replace("$", r"\$")  # matplotlib would read mathematics

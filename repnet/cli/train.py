@@ -28,20 +28,26 @@ def main() -> None:
     """Train from a config, resume a run, evaluate a model, or sweep over configs (`-m`)."""
     if any(argument.lstrip("+").startswith("eval=") for argument in sys.argv[1:]):
         sys.argv[1:] = evaluate.prepare(sys.argv[1:])
+    resumed: Path | None = None
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
         if key.lstrip("+") == "resume" and value and value != "null":
             # The run continues in its own directory.
-            path = value.strip("'\"").replace("\\'", "'")  # as Hydra reads it
-            sys.argv.append(f"hydra.run.dir={command.quoted(Path(path).resolve())}")
+            resumed = Path(value.strip("'\"").replace("\\'", "'"))  # as Hydra reads it
+            sys.argv.append(f"hydra.run.dir={command.quoted(resumed.resolve())}")
             break
     try:
+        if resumed is not None and resumed.is_file():
+            raise InputError(
+                f"cannot resume: '{resumed}' is a file; pass the directory of the run, which "
+                "continues from its last checkpoint"
+            )
         sweep.require_plugins(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(command.BAD_INPUT)
     try:
-        command.run("train", job)
+        command.run("train", job, sweep.explain)
     finally:
         sweep.finish()  # one that broke off: a worker was killed, or Ctrl-C
 
@@ -146,8 +152,11 @@ def _train(
     """
     trust = list(cfg.trust)
     config: Any
-    if cfg.resume and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise InputError("resume continues one run in its own directory; leave out -m")
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if cfg.resume:
+            raise InputError("resume continues one run in its own directory; leave out -m")
+        if cfg.lr_find:
+            raise InputError("lr_find=true trains nothing that a sweep could compare; leave out -m")
     if cfg.resume:
         config = _saved_config(cfg, directory, overrides)
     else:
@@ -159,10 +168,11 @@ def _train(
     allowed = [*trust, *trial_of]
     result = train(config, directory, resume=resume or bool(cfg.resume), trust=allowed)
     if found := result.get("lr_find"):
-        print(
-            f"optimizer.lr={found['suggestion']:.2g} is where the loss falls fastest, a safe "
-            f"choice; it is lowest at {found['lowest']:.2g}: see {directory / 'lr_find.png'}"
-        )
+        if trials.process_rank() == 0:
+            print(
+                f"optimizer.lr={found['suggestion']:.2g} is where the loss falls fastest, a safe "
+                f"choice; it is lowest at {found['lowest']:.2g}: see {directory / 'lr_find.png'}"
+            )
         return result
     if trials.process_rank() == 0:
         path = directory / "result.json"

@@ -146,7 +146,10 @@ def scan(root: Path, split: str) -> Listing:
             if suffix not in SUFFIXES:
                 others[suffix or "no suffix"] += 1
                 continue
-            size = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116
+            try:
+                size = os.stat(f"{folder}/{name}").st_size  # noqa: PTH116
+            except OSError:  # a link to nothing
+                size = 0
             if size:
                 names.append(name)
                 sizes.append(size)
@@ -193,9 +196,19 @@ def printable(name: str) -> str:
 def _files(folder: str, class_name: str) -> Iterator[str]:
     """Yield the files below a class folder, in a fixed order, relative to `folder`."""
     for place, folders, files in os.walk(f"{folder}/{class_name}", followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and not _is_loop(f"{place}/{name}")
+        )
         prefix = place[len(folder) + 1 :]
         yield from (f"{prefix}/{name}" for name in sorted(files) if name[0] != ".")
+
+
+def _is_loop(path: str) -> bool:
+    """Return whether a link leads to a folder that it is in: its images would count many times."""
+    if not os.path.islink(path):  # noqa: PTH114
+        return False
+    target = Path(path).resolve()
+    return target in Path(path).parent.resolve().joinpath("any").parents
 
 
 def _some(names: list[str]) -> str:

@@ -16,6 +16,7 @@ from repnet.symbolic import evaluating, twin
 from repnet.training.activation_checkpointing import checkpoint_activations
 from repnet.training.classifier import Classifier
 from repnet.training.learning_rate import describe_scaling, scaled_learning_rate
+from repnet.training.objectives import based
 
 Allowed = Sequence[str] | None  # packages that may be built from a file; None for all
 
@@ -100,8 +101,7 @@ def build_classifier(
 
     objective = made("objective", partial=True)
     if objective is not None:
-        given = {"model": model} if "model" in _parameters_of(config["objective"], allowed) else {}
-        objective = objective(loss=made("loss"), **given)
+        objective = based(objective, made("loss"), model=model, **known)
     optimizer = build(
         {**config["optimizer"], **_learning_rate(config, batch), "_partial_": True}, allowed=allowed
     )

@@ -59,7 +59,9 @@ class Classifier(LightningModule):
         self.mix = mix
         self.parameter_groups = parameter_groups
         # Lightning's own mean over processes truncates uneven counts of images.
-        self.losses = nn.ModuleDict({f"{split}_loss": MeanMetric() for split in ("val", "test")})
+        self.losses = nn.ModuleDict(
+            {f"{split}_loss": MeanMetric(nan_strategy="disable") for split in ("val", "test")}
+        )
         self.loss_sum: Tensor | float = 0.0  # of this epoch's steps
         self.loss_steps = 0
         accuracies = MetricCollection(
@@ -83,12 +85,15 @@ class Classifier(LightningModule):
         # Summed here and logged once, which is much cheaper than a log of each step.
         self.loss_sum = self.loss_sum + loss.detach()
         self.loss_steps += 1
-        if self.trainer.is_last_batch:
-            self._log_loss()
         return loss
 
+    def on_train_batch_end(self, *args: Any) -> None:
+        trainer = self.trainer
+        if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
+            self._log_loss()
+
     def on_train_epoch_end(self) -> None:
-        if self.loss_steps:  # the epoch was cut short
+        if self.loss_steps:  # the epoch was cut short otherwise, and callbacks do not see the loss
             self._log_loss()
 
     def _log_loss(self) -> None:
@@ -128,12 +133,15 @@ class Classifier(LightningModule):
         if self.scheduler is None:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        if steps == float("inf") or steps < 0:  # of a stream without a length
             raise InputError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         total = int(steps)
-        epochs = self.trainer.max_epochs or 1
-        steps_per_epoch = max(1, math.ceil(total / epochs)) if epochs > 0 else total
-        scheduler = self.scheduler(optimizer, total_steps=total, steps_per_epoch=steps_per_epoch)
+        self.trainer.fit_loop.setup_data()  # without max_epochs nobody has counted the batches yet
+        batches = self.trainer.num_training_batches
+        epoch = total  # of a stream that has no length
+        if batches != float("inf"):
+            epoch = max(1, math.ceil(batches / self.trainer.accumulate_grad_batches))
+        scheduler = self.scheduler(optimizer, total_steps=total, steps_per_epoch=epoch)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

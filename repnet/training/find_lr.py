@@ -105,6 +105,8 @@ class _Sweep(Callback):
         self.losses: list[float] = []
         self.smoothed: list[float] = []
         self.average = 0.0
+        self.step = 0
+        self.parts: list[float] = []  # losses of the batches of this step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
@@ -128,10 +130,16 @@ class _Sweep(Callback):
         batch_idx: int,
     ) -> None:
         loss: Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs
-        value = loss.item()
-        if not math.isfinite(value):
+        # Of all processes, which must stop together; Lightning has divided it by the batches.
+        loss = trainer.strategy.reduce(loss.detach(), reduce_op="mean")
+        self.parts.append(loss.item() * trainer.accumulate_grad_batches)
+        if not math.isfinite(self.parts[-1]):
             trainer.should_stop = True
             return
+        if trainer.global_step == self.step:
+            return
+        value = sum(self.parts) / len(self.parts)
+        self.step, self.parts = trainer.global_step, []
         self.rates.append(self.rate)
         self.losses.append(value)
         self.average = 0.9 * self.average + 0.1 * value

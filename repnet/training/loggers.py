@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,20 @@ def confined_loggers(config: Any, directory: Path) -> dict[str, Any]:
     """Return the loggers of a config that came out of a file, so that they write to `directory`.
 
     Addresses of servers are dropped: those of the environment (`MLFLOW_TRACKING_URI`,
-    `WANDB_BASE_URL`) count. W&B and MLflow continue the run that they find in `directory`.
+    `WANDB_BASE_URL`) count. W&B and MLflow continue the run that they find in `directory`; the
+    table of `CSVLogger`, which it would delete, stays, and `session_2` beside it goes on.
     """
     confined = {}
     for index, spec in enumerate(_descriptions(config)):
         kind = str(spec["_target_"]).rpartition(".")[2]
         # A name may not lead out of the directory.
         kept = {
-            k: Path(v).name if isinstance(v, str) else v
+            k: Path(v).name.replace("..", "") if isinstance(v, str) else v
             for k, v in spec.items()
             if k in _KEPT and isinstance(v, str | bool)
         }
         folder = directory / "mlflow" if kind == "MLFlowLogger" else directory
-        kept |= _continued(kind, directory)
+        kept |= _continued(kind, directory, kept)
         confined[str(index)] = {"_target_": spec["_target_"], "save_dir": str(folder), **kept}
     return confined
 
@@ -78,7 +80,7 @@ def _descriptions(config: Any) -> list[dict[str, Any]]:
     return [config] if "_target_" in config else [spec for spec in config.values() if spec]
 
 
-def _continued(kind: str, directory: Path) -> dict[str, str]:
+def _continued(kind: str, directory: Path, kept: dict[str, Any]) -> dict[str, str]:
     """Return the identity of the run that an earlier session has logged to, if there is one."""
     if kind == "WandbLogger":  # wandb/offline-run-DATE_TIME-ID, wandb/run-DATE_TIME-ID
         runs = sorted(directory.glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime)
@@ -86,4 +88,9 @@ def _continued(kind: str, directory: Path) -> dict[str, str]:
     if kind == "MLFlowLogger":
         runs = sorted(directory.glob("mlflow/*/*/meta.yaml"), key=lambda p: p.stat().st_mtime)
         return {"run_id": runs[-1].parent.name} if runs else {}
+    if kind == "CSVLogger" and isinstance(kept.get("version"), str):
+        folder = directory / str(kept.get("name", "lightning_logs"))
+        if (folder / kept["version"] / "metrics.csv").exists():
+            versions = (f"session_{number}" for number in count(2))
+            return {"version": next(v for v in versions if not (folder / v).exists())}
     return {}

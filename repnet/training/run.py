@@ -86,7 +86,10 @@ RESUME_PACKAGES = (
     "torch.nn.modules.loss",
     "torchvision.transforms.autoaugment",
     "torchvision.transforms.v2",
-    "pytorch_lightning.trainer",
+)
+# In their own places only: elsewhere a logger could send any file to any server.
+TRAINER_PACKAGES = ("pytorch_lightning.trainer",)
+LOGGER_PACKAGES = (
     "pytorch_lightning.loggers.csv_logs",
     "pytorch_lightning.loggers.mlflow",
     "pytorch_lightning.loggers.wandb",
@@ -123,7 +126,10 @@ def train(
     started = time.perf_counter()
     _quiet()
     config = DEFAULTS | config
-    allowed = (*RESUME_PACKAGES, *trust) if resume else None
+    allowed, trainers, loggers_allowed = (
+        (*packages, *trust) if resume else None
+        for packages in (RESUME_PACKAGES, TRAINER_PACKAGES, LOGGER_PACKAGES)
+    )
     checkpoints = directory / "checkpoints"
     last = checkpoints / "last.ckpt"
     main_process = is_main_process()
@@ -149,9 +155,13 @@ def train(
     if config["pretrained"] and not start:
         print(load_weights(model, config["pretrained"], head=config["pretrained_head"]), flush=True)
     previous_seconds = 0.0
+    saved: dict[str, Any] | None = None
     if resume:  # before anything is written: the checkpoint is whole, and fits the config
         if start:
-            load_network(model, read_checkpoint(start), start)
+            contents = read_checkpoint(start)
+            load_network(model, contents, start)
+            saved = contents["repnet"]["config"]
+            del contents
         previous_seconds = _previous_seconds(directory)
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
@@ -159,8 +169,9 @@ def train(
     _refuse_impossible_precision(config)
     trainer_options["profiler"] = build_profiler(trainer_options.get("profiler"), directory)
     if config["lr_find"] and not resume:
-        classifier = build_classifier(config, model, data, allowed, data.batch_size)
-        make_trainer = build(trainer_options, allowed=allowed)
+        unscheduled = {**config, "scheduler": None}  # its epochs are not those of the test
+        classifier = build_classifier(unscheduled, model, data, allowed, data.batch_size)
+        make_trainer = build(trainer_options, allowed=trainers)
         found = find_learning_rate(make_trainer, classifier, data, path=directory / "lr_find.png")
         return {"lr_find": {"suggestion": found.suggestion, "lowest": found.lowest}}
 
@@ -190,13 +201,17 @@ def train(
         RandomState(),
         SaveOnInterrupt(last),
     ]
+    if resume:
+        for callback in callbacks:
+            if isinstance(callback, Pictures):
+                callback.directory = None  # the run's own
     if config["pictures"]:
         callbacks.append(Pictures())
     if sys.stdout.isatty():
         callbacks.append(ThroughputBar())
-    loggers = build_loggers(config.get("logger"), allowed=allowed)
+    loggers = build_loggers(config.get("logger"), allowed=loggers_allowed)
     try:
-        trainer: pl.Trainer = build(trainer_options, allowed=allowed)(
+        trainer: pl.Trainer = build(trainer_options, allowed=trainers)(
             callbacks=callbacks,
             logger=loggers,
             plugins=[SafeCheckpointIO()],
@@ -211,6 +226,8 @@ def train(
             f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
         ) from error
     classifier = build_classifier(config, model, data, allowed, images_per_step(trainer, data))
+    if saved is not None:
+        _refuse_ineffective(config, saved)
     if main_process:
         write_text(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         _announce(config, data, model, trainer, directory)
@@ -259,6 +276,16 @@ def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     logger = confined_loggers(config.get("logger"), directory)
     trainer = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
     return {**config, "data": data, "logger": logger, "trainer": trainer}
+
+
+def _refuse_ineffective(config: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuse changes of what a checkpoint restores, which would do nothing."""
+    for part in ("optimizer", "parameter_groups", "lr_scaling"):
+        if config.get(part) != saved.get(part):
+            raise InputError(
+                f"{part} cannot be changed in a resumed run, whose checkpoint holds the state of "
+                "its optimizer; start a new run with pretrained=CHECKPOINT"
+            )
 
 
 def _previous_seconds(directory: Path) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
@@ -176,7 +176,7 @@ def one_cycle(
             f"{type(optimizer).__name__} has no momentum; set scheduler.cycle_momentum=false"
         )
     low, high = momentum
-    return OneCycleLR(
+    return _OneCycle(
         optimizer,
         [group["lr"] for group in optimizer.param_groups],
         total_steps,
@@ -188,6 +188,14 @@ def one_cycle(
         div_factor=1 / initial_factor,
         final_div_factor=initial_factor / final_factor,
     )
+
+
+class _OneCycle(OneCycleLR):
+    """Keeps its own length in a resumed run, which may last longer than before."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = {key: vars(self)[key] for key in ("total_steps", "_schedule_phases")}
+        super().load_state_dict({**state_dict, **own})
 
 
 def _warmed(optimizer: Optimizer, warmup: int, after: Callable[[int], float]) -> LambdaLR:
