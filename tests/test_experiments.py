@@ -81,3 +81,11 @@ def test_recipes_of_imagenet_say_what_the_papers_say() -> None:
         header = (CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
         assert set(re.findall(r"model=(\w+)", header)) <= names
         yaml.safe_load(header)
+
+
+def test_without_a_test_there_is_a_result(tmp_path: Path) -> None:
+    overrides = [o for o in SMALL if "limit_test_batches" not in o]
+    config = composed("fashion_mnist", *overrides, "++trainer.limit_test_batches=0")
+    result = train(config, tmp_path / "run")
+    assert result["test"] == {"top1": None, "top5": None}
+    assert result["steps"] == 2

@@ -435,3 +435,18 @@ def test_a_copy_that_differs_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot copy .*train-000000\.tar.*SHA-256"):
         data.setup()
     assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_packing_half_a_folder_says_that_it_cannot_be_trained_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "images"
+    shutil.copytree(folder / "train", source / "train")
+    monkeypatch.setattr(sys, "argv", ["repnet.data", "pack", str(source), str(tmp_path / "out")])
+    main()
+    printed = capsys.readouterr()
+    assert "training needs images in train/ and val/" in printed.err
+    assert "train with:" not in printed.out

@@ -230,10 +230,10 @@ def _summarize(result: dict[str, Any], config: dict[str, Any]) -> None:
     table = Table(title="Training finished", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    top1 = result["val"]["top1"]
-    table.add_row("test top-1", f"[bold]{result['test']['top1']:.2%}[/bold]")
-    table.add_row("test top-5", f"{result['test']['top5']:.2%}")
-    table.add_row("best validation top-1", "-" if top1 is None else f"{top1:.2%}")
+    share = lambda value: "-" if value is None else f"{value:.2%}"
+    table.add_row("test top-1", f"[bold]{share(result['test']['top1'])}[/bold]")
+    table.add_row("test top-5", share(result["test"]["top5"]))
+    table.add_row("best validation top-1", share(result["val"]["top1"]))
     table.add_row("epochs", str(result["epochs"]))
     table.add_row("training speed", f"{result['images_per_second']:,.0f} images/s")
     table.add_row("wall time", f"{result['wall_seconds']:.1f} s")

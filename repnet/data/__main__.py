@@ -54,6 +54,13 @@ def main() -> None:
     for source in index["sources"].values():
         for name in source["skipped"]:
             print(f"skipped {name}")
+    counts = {
+        split: sum(len(shard["labels"]) for shard in shards)
+        for split, shards in index["splits"].items()
+    }
+    if not (counts.get("train") and counts.get("val")):
+        print("warning: training needs images in train/ and val/", file=sys.stderr)
+        return
     print(f"train with: python train.py data=webdataset data.root={arguments.target}")
 
 

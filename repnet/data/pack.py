@@ -113,9 +113,11 @@ def pack(
     for listing in listings.values():
         check_classes(listing, first.class_names, source)
         if listing.empty_files and not skip_corrupt:
+            more = len(listing.empty_files) - 1
             raise InputError(
-                f"'{listing.folder / listing.empty_files[0]}' has no contents, nor have "
-                f"{len(listing.empty_files) - 1} more images; replace them, or pass --skip-corrupt"
+                f"'{listing.folder / listing.empty_files[0]}' has no contents"
+                + (f", nor have {more} more images" if more else "")
+                + "; replace them, or pass --skip-corrupt"
             )
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         packer = _Packer(target, encoding, pool, skip_corrupt)

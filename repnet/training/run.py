@@ -250,8 +250,9 @@ def train(
     score = best.best_model_score
     value = None if score is None else round(float(score), 6)
     return {
-        # torchmetrics counts in float32
-        "test": {key.removeprefix("test/"): round(value, 6) for key, value in tested[0].items()},
+        "test": {"top1": None, "top5": None}  # nothing was tested
+        if not tested
+        else {key.removeprefix("test/"): round(value, 6) for key, value in tested[0].items()},
         "val": {
             "top1": value if keep["monitor"] == "val/top1" else None,
             "monitor": keep["monitor"],
