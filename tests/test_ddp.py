@@ -31,7 +31,7 @@ class Network(nn.Sequential):
 """
 OPTIONS = ["--config-dir", "configs", "model=mine", "augment=none", "optimizer.lr=0.05",
            "trainer.max_epochs=2", "trainer.accelerator=cpu",
-           "trainer.precision=64-true"]  # fmt: skip
+           "trainer.precision=64-true", "++trainer.val_check_interval=0.5"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

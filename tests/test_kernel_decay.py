@@ -435,3 +435,5 @@ def test_a_weight_decay_schedule_needs_an_end_and_a_shape() -> None:
 
     with pytest.raises(InputError, match="needs an end"):
         fit(Endless(ready_net()), WeightDecaySchedule(0.0), max_epochs=-1)
+    with pytest.raises(InputError, match="set optimizer.weight_decay"):
+        fit(Endless(ready_net()), WeightDecaySchedule(1e-5))

@@ -126,6 +126,7 @@ class History(Callback):
         self.timer.batch_end(batch_size(batch) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.callback_metrics  # all processes compute them together
         if not trainer.is_global_zero:
             return
         timer = self.timer
@@ -133,7 +134,7 @@ class History(Callback):
         self.images += timer.images
         metrics = {
             key: float(value)
-            for key, value in trainer.callback_metrics.items()
+            for key, value in logged.items()
             if self.validated or key.startswith("train")  # Lightning keeps those of earlier epochs
         }
         row = {

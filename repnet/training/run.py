@@ -65,7 +65,14 @@ DEFAULTS: dict[str, Any] = {
 # What the config of a run directory may name when a run is resumed from it.
 RESUME_PACKAGES = (
     *MODEL_PACKAGES,
-    "repnet.data",
+    "repnet.data.augment",
+    "repnet.data.batch_augment",
+    "repnet.data.digits",
+    "repnet.data.fake",
+    "repnet.data.folder",
+    "repnet.data.huggingface",
+    "repnet.data.shards",
+    "repnet.data.torchvision",
     "repnet.training.auxiliary_heads",
     "repnet.training.losses",
     "repnet.training.mix",
@@ -273,7 +280,7 @@ def train(
 
 def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Return a config that came out of a file so that it writes to `directory` only."""
-    data = {key: value for key, value in config["data"].items() if key != "download"}
+    data = {k: v for k, v in config["data"].items() if k not in ("download", "cache")}
     logger = confined_loggers(config.get("logger"), directory)
     trainer = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
     return {**config, "data": data, "logger": logger, "trainer": trainer}
