@@ -25,6 +25,17 @@ _PACKAGE = Path(__file__).parent
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 MODEL_PACKAGES = ("repnet.models", "repnet.blocks", "repnet.layers")
+# One by one: what packs or writes data is not built from a file.
+DATA_PACKAGES = (
+    "repnet.data.augment",
+    "repnet.data.batch_augment",
+    "repnet.data.digits",
+    "repnet.data.fake",
+    "repnet.data.folder",
+    "repnet.data.huggingface",
+    "repnet.data.shards",
+    "repnet.data.torchvision",
+)
 
 
 def choices(group: str) -> list[str]:

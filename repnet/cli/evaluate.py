@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repnet.errors import InputError
 from repnet.files import write_json
-from repnet.spec import build
+from repnet.spec import DATA_PACKAGES, build
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,7 +119,7 @@ def _data(cfg: DictConfig, saved: Any, described: dict[str, Any], trust: list[st
         )
     spec.pop("augment", None)  # training only
     try:
-        data = build(spec, allowed=None if own else ("repnet.data", *trust))
+        data = build(spec, allowed=None if own else (*DATA_PACKAGES, *trust))
     except InputError as error:
         hint = "" if own else "; add data=NAME to the command to choose another data set"
         raise InputError(f"the data of '{cfg.eval}': {error}{hint}") from error

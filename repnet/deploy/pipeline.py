@@ -29,7 +29,7 @@ from repnet.errors import InputError
 from repnet.files import sha256, write_json
 from repnet.folding import reparameterize
 from repnet.proof import FoldReport
-from repnet.spec import build
+from repnet.spec import DATA_PACKAGES, build
 
 PROOF_SAMPLES = 8  # real images on which every block is compared in float64
 
@@ -230,11 +230,15 @@ def _data(
 ) -> ImageDataModule:
     """Return the data module of the run; only repnet's own data sets are built from a file."""
     spec = dict(config["data"]) if isinstance(config.get("data"), dict) else {}
-    for unneeded in ("augment", "download"):  # training only; nothing is fetched on a file's word
+    for unneeded in (
+        "augment",
+        "cache",
+        "download",
+    ):  # training only; nothing is fetched on a file's word
         spec.pop(unneeded, None)
     spec |= {key: value for key, value in settings.data.items() if value is not None}
     try:
-        data = build(spec, allowed=("repnet.data", *settings.trust))
+        data = build(spec, allowed=(*DATA_PACKAGES, *settings.trust))
     except Exception as error:  # the arguments came out of the file too, and may be anything
         raise InputError(f"{path}: {error}") from error
     if not isinstance(data, ImageDataModule):

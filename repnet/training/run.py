@@ -38,7 +38,7 @@ from repnet.checkpoint import describe, find_valid_checkpoint, load_network, rea
 from repnet.complexity import count_parameters
 from repnet.errors import InputError
 from repnet.files import write_text
-from repnet.spec import MODEL_PACKAGES, build
+from repnet.spec import DATA_PACKAGES, MODEL_PACKAGES, build
 from repnet.training.announcement import ParameterTable
 from repnet.training.assembly import build_classifier, build_model, images_per_step
 from repnet.training.find_lr import find_learning_rate
@@ -65,14 +65,7 @@ DEFAULTS: dict[str, Any] = {
 # What the config of a run directory may name when a run is resumed from it.
 RESUME_PACKAGES = (
     *MODEL_PACKAGES,
-    "repnet.data.augment",
-    "repnet.data.batch_augment",
-    "repnet.data.digits",
-    "repnet.data.fake",
-    "repnet.data.folder",
-    "repnet.data.huggingface",
-    "repnet.data.shards",
-    "repnet.data.torchvision",
+    *DATA_PACKAGES,
     "repnet.training.auxiliary_heads",
     "repnet.training.losses",
     "repnet.training.mix",
