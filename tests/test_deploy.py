@@ -252,11 +252,15 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no data set": (spec("data", lambda m: [1]), "does not describe a data set"),
     "an abstract data set": (
         spec("data", lambda m: {"_target_": "repnet.data.ImageDataModule", "mean": [], "std": []}),
-        "abstract",
+        "may not be built from a file",
     ),
     "a function for data": (
         spec("data", lambda m: {"_target_": "repnet.data.base.split_indices", "n": 4,
                                 "held_out": 2}),
+        "may not be built from a file",
+    ),
+    "an augmentation for data": (
+        spec("data", lambda m: {"_target_": "repnet.data.batch_augment.RandomHorizontalFlip"}),
         "does not describe a data set",
     ),
     "other images": (
