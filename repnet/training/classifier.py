@@ -121,7 +121,8 @@ class Classifier(LightningModule):
         metrics = self.accuracies[f"{split}_accuracy"]
         metrics.update(logits, labels)  # type: ignore[operator]
         mean = self.losses[f"{split}_loss"]
-        mean.update(loss, len(images))  # type: ignore[operator]
+        # One value per image: torchmetrics 1.9 drops weights where it does not look for NaN.
+        mean.update(loss.expand(len(images)))  # type: ignore[operator]
         self.log(f"{split}/loss", mean, on_step=False, on_epoch=True)  # type: ignore[arg-type]
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)  # type: ignore[arg-type]
 
