@@ -68,8 +68,9 @@ class Turns(Callback):
         self._take("lightning", pl_module)
         for _ in range(self.steps):
             images, labels = (x.to(pl_module.device) for x in next(self.batches))
+            loss = self.loss(self.model(images), labels)
             self.optimizer.zero_grad()
-            self.loss(self.model(images), labels).backward()
+            loss.backward()
             self.optimizer.step()
             self.scheduler.step()
         self._take("bare", pl_module)
@@ -134,8 +135,8 @@ def measure(case: str, steps: int, turns: int, accelerator: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="*", default=["repvgg_tiny:32:64", "repvgg_a0:64:16"])
-    parser.add_argument("--steps", type=int, default=5, help="in a turn")
-    parser.add_argument("--turns", type=int, default=31, help="of each loop, and one to warm up")
+    parser.add_argument("--steps", type=int, default=1, help="in a turn")
+    parser.add_argument("--turns", type=int, default=200, help="of each loop, and one to warm up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args()
