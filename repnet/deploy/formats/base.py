@@ -1,0 +1,93 @@
+"""`Format`: how a deploy model becomes a file of another runtime, and how that file is run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from repnet.errors import InputError
+
+Runner = Callable[[Tensor], Tensor]
+
+
+class ExportError(RuntimeError):
+    """A runtime cannot take this network; other exports are not concerned."""
+
+
+class Format(ABC):
+    """A file format and its runtime. Stateless; one subclass in one file for each.
+
+    Attributes:
+        name: as in `export=[name]` and in `report.json`.
+        extra: of repnet, `pip install "repnet[extra]"`; None where torch is enough.
+        packages: modules that writing and running need.
+        suffix: of the file; a companion file, if any, has the same stem.
+        precisions: that it can be written in; the first is the default.
+    """
+
+    name: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ()
+    suffix: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+
+    @abstractmethod
+    def export(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        path: Path,
+        *,
+        precision: str = "fp32",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write `model` to `path`; the batch size stays free where the format allows it.
+
+        Args:
+            model: in evaluation mode, on the CPU unless the runtime is for a GPU.
+            example: one batch of its input: float32 images `(batch, channels, height, width)`, or
+                uint8 where the preprocessing is part of the model.
+            path: with `suffix`; a companion file is written beside it.
+            precision: one of `precisions`, but for int8, which `repnet.deploy.int8` makes.
+            metadata: text that is stored in the file, such as the class names.
+
+        Raises:
+            ExportError: the runtime cannot take this network, for instance one of its operators.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> Runner:
+        """Return the file as a function of its own runtime, without the model's Python code.
+
+        The function maps images, as in `export` and of any batch size, to float32 logits
+        `(batch, classes)` on the CPU. Arithmetic is in `precision` and nothing less.
+
+        Raises:
+            ExportError: the file cannot be run.
+        """
+
+    def skip_reason(self) -> str | None:
+        """Return why this machine cannot make or run such a file, None where it can."""
+        return None
+
+    def files(self, path: Path) -> list[Path]:
+        """Return the files that make up the export at `path`."""
+        return [path]
+
+    def file_name(self, precision: str = "fp32") -> str:
+        """Return the name of the file in an artefact's directory."""
+        return f"model{'' if precision == 'fp32' else f'_{precision}'}{self.suffix}"
+
+    def require(self) -> None:
+        """Raise an `InputError` that names the extra where a package is missing."""
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if missing:
+            raise InputError(
+                f"export={self.name} needs {', '.join(missing)}: "
+                f'pip install "repnet[{self.extra}]"'
+            )
