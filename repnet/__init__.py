@@ -46,7 +46,17 @@ _HOMES = {
     "reparameterize_graph": "graph",
     "save_deployed": "deploy.artifact",
 }
-_PACKAGES = ("blocks", "callbacks", "data", "layers", "models", "training", "weights")
+_PACKAGES = (
+    "blocks",
+    "callbacks",
+    "data",
+    "hub",
+    "layers",
+    "models",
+    "predict",
+    "training",
+    "weights",
+)
 
 __all__ = [*_HOMES, *_PACKAGES, "__version__"]
 

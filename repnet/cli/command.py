@@ -75,7 +75,7 @@ def exit_code(error: Exception) -> int | None:
         return BAD_INPUT
     if names & {"FoldMismatchError", "VerificationError"}:
         return REFUSED
-    return 1 if names & {"NonFiniteLossError", "CheckpointWriteError"} else None
+    return 1 if names & {"NonFiniteLossError", "CheckpointWriteError", "ExportError"} else None
 
 
 def message_of(error: BaseException) -> str:

@@ -39,8 +39,14 @@ def deploy_directory(checkpoint: str) -> str:
 def job(cfg: DictConfig) -> None:
     """Run one deployment."""
     directory = command.output_directory()
-    from repnet.deploy.pipeline import Settings, deploy  # torch only when there is work to do
+    from repnet.deploy.formats import ExportError  # torch only when there is work to do
+    from repnet.deploy.pipeline import Int8, Settings, deploy
 
+    exports = {
+        name: list(options.precisions)
+        for name, options in cfg.export.items()
+        if isinstance(options, DictConfig)
+    }
     settings = Settings(
         trust=list(cfg.trust),
         split=cfg.split,
@@ -51,12 +57,26 @@ def job(cfg: DictConfig) -> None:
         latency_batch=cfg.latency.batch,
         overwrite=cfg.deploy.overwrite,
         weights=cfg.weights,
+        recalibrate=cfg.recalibrate,
+        allow_norms=cfg.deploy.allow_norms,
+        exports=exports,
+        preprocess=cfg.export.preprocess,
+        export_tolerance=cfg.export.tolerance,
+        export_max_drop=cfg.export.max_drop,
+        export_min_agreement=cfg.export.min_agreement,
+        int8=Int8(**OmegaConf.to_container(cfg.int8)),  # type: ignore[arg-type]
     )
     try:
         report = deploy(cfg.ckpt, directory, settings)
     finally:
         command.remove_if_empty(directory)
     _summarize(report, directory)
+    if failed := [e for e in report["exports"] if e["status"] == "failed"]:
+        reasons = "; ".join(f"{e['format']} {e['precision']}: {e['reason']}" for e in failed)
+        raise ExportError(
+            f"{len(failed)} of {len(report['exports'])} exports failed, the others are saved: "
+            f"{reasons}"
+        )
 
 
 def _summarize(report: dict[str, Any], directory: Path) -> None:
@@ -93,6 +113,35 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
         f"largest relative error in float64: {report['max_relative_error']:.1e} over "
         f"{len(report['blocks'])} folded blocks"
     )
+    if report["exports"]:
+        console.print(_exports(report))
     if report["fold"]["left"]:
         print(f"batch norms left: {', '.join(report['fold']['left'])} (reasons in the report)")
     print(f"model and report: {directory}", flush=True)
+
+
+def _exports(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Exports, run in their own runtimes over the same images")
+    for column in ("file", "precision", "status"):
+        table.add_column(column)
+    for column in ("top-1", "same prediction", "latency, ms", "MB"):
+        table.add_column(column, justify="right")
+    colors = {"verified": "green", "skipped": "yellow", "failed": "red"}
+    for export in report["exports"]:
+        ran = export["verified"]
+        table.add_row(
+            export["file"],
+            export["precision"],
+            f"[{colors[export['status']]}]{export['status']}[/]",
+            f"{export['top1']:.2%}" if ran else "",
+            f"{export['agreement']:.2%}" if ran else "",
+            f"{export['latency_ms']:.3f}" if ran else "",
+            f"{export['bytes'] / 1e6:.1f}" if ran else "",
+        )
+    for export in report["exports"]:
+        if export["status"] == "skipped":
+            table.add_section()
+            table.add_row(f"{export['file']}: {export['reason']}")
+    return table

@@ -112,6 +112,34 @@ class ImageDataModule(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Any]:
         return self._evaluation_loader(2)
 
+    def calibration(self, count: int, seed: int = 0) -> tuple[Tensor, list[int]]:
+        """Return training images as evaluation would see them, for statistics of activations.
+
+        Args:
+            count: of images; all where there are fewer.
+            seed: of the choice.
+
+        Returns:
+            Float images `(count, channels, height, width)`, and their indices in the split.
+        """
+        loader, indices = self.sample(count, seed)
+        return torch.cat([images for images, _ in loader]), indices
+
+    def sample(self, count: int, seed: int = 0) -> tuple[DataLoader[Any], list[int]]:
+        """Return a loader of the same images, and their indices."""
+        split = self.unaugmented(self._split(0))
+        generator = torch.Generator().manual_seed(seed)
+        indices = torch.randperm(len(split), generator=generator)[:count].tolist()
+        size = self.batch_size
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        return self._loader(split, batches), indices
+
+    def unaugmented(self, split: Any) -> Any:
+        """Return a split with the images of evaluation."""
+        plain = copy.copy(split)
+        plain.augment = ()
+        return plain
+
     def _evaluation_loader(self, index: int) -> DataLoader[Any]:
         split = self._split(index)
         return self._loader(split, EvaluationBatches(len(split), self.batch_size, **self._share()))
@@ -167,6 +195,10 @@ class TensorImages(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        """Return the image as it is stored, uint8 `(channels, height, width)`."""
+        return self.images[index]
 
     def to(self, device: torch.device) -> TensorImages:
         """Return the same images on a device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -183,6 +184,11 @@ class EncodedDataModule(ImageDataModule):
             "skip_corrupt": self.skip_corrupt,
             "full_batches": train,
         }
+
+    def unaugmented(self, split: Any) -> Any:
+        plain = copy.copy(split)
+        plain.transform = self.reading(train=False)["transform"]
+        return plain
 
     def _check_shape(self) -> None:
         assert self.splits is not None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from repnet.checkpoint import FORMAT as CHECKPOINT_FORMAT
+from repnet.deploy.folded_layers import changed_layers, with_layers
 from repnet.errors import InputError
 from repnet.files import sha256, write_atomically, write_json
 from repnet.spec import MODEL_PACKAGES, build, is_plain
@@ -21,28 +22,7 @@ VERSION = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
 
-# What folding puts in the place of blocks and norms, and the settings that describe it.
-_LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "Conv2d": (
-        nn.Conv2d,
-        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-    ),
-    "ConvTranspose2d": (
-        nn.ConvTranspose2d,
-        (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "output_padding",
-            "dilation",
-            "groups",
-        ),
-    ),
-    "ZeroPad2d": (nn.ZeroPad2d, ("padding",)),
-    "Identity": (nn.Identity, ()),
-}
+_EXPORT_KEYS = ("format", "precision", "file", "files", "preprocess")
 
 
 def save_deployed(
@@ -53,6 +33,7 @@ def save_deployed(
     data: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     equivalence: dict[str, Any] | None = None,
+    exports: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write a folded model so that `load_deployed` gives it back from these files alone.
 
@@ -64,6 +45,8 @@ def save_deployed(
         data: plain data: input shape, normalization, class names.
         provenance: plain data: where the weights come from.
         equivalence: plain data: what was measured between the two forms.
+        exports: of files that lie in `directory` already: `format`, `precision`, `file`, `files`,
+            `preprocess` of each.
 
     Raises:
         InputError: the architecture is unknown, does not fit the model, or is not plain data.
@@ -81,60 +64,154 @@ def save_deployed(
             raise InputError(
                 f"save_deployed: {key} must be plain data (dicts, lists, numbers, text)"
             )
-    layers = _changed_layers(architecture, model)
+    layers = changed_layers(architecture, model)
     state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     state = {key: value.contiguous() for key, value in state.items()}
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, lambda path: save_file(state, path), load_file)
+    files = [WEIGHTS, *(file for export in exports for file in export["files"])]
     write_json(
         directory / DESCRIPTION,
         {
             "format": FORMAT,
             "version": VERSION,
-            "form": "deploy",
+            "form": "partial" if getattr(model, "reparameterized", None) == "keep" else "deploy",
             "architecture": {"train_form": architecture, "layers": layers},
-            "hashes": {WEIGHTS: sha256(directory / WEIGHTS)},
+            "hashes": {file: sha256(directory / file) for file in files},
+            "exports": [{key: export[key] for key in _EXPORT_KEYS} for export in exports],
             **{key: value for key, value in extras.items() if value is not None},
         },
     )
 
 
-def load_deployed(directory: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
-    """Return the deploy model of a directory, on the CPU, in evaluation mode.
+def load_deployed(
+    path: str | Path, *, trust: Sequence[str] = (), device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Return the deploy model of a directory, or one of its exported files, ready to be called.
 
-    Runs no code from the files: the network is built from repnet's own classes, or those of
-    packages in `trust`, and its weights are plain tensors whose hash is checked.
+    Of a directory or its `model.safetensors` this is the network, in evaluation mode. It runs no
+    code from the files: the network is built from repnet's own classes, or those of packages in
+    `trust`, and its weights are plain tensors. Any other file runs in its own runtime, and gives
+    float32 logits on the CPU. The hash of what is loaded is checked, and `description` of the
+    result is the contents of `model.json`.
 
     Args:
-        directory: with `model.safetensors` and `model.json`.
-        trust: names of packages that may be imported to build the network.
+        path: directory with `model.json`, or a file in it.
+        trust: names of packages that may be imported to build the network; "native" for files of
+            machine code (AOTInductor, TensorRT).
+        device: where it runs.
 
     Raises:
-        InputError: files are missing, changed, of another format or a newer version.
+        InputError: files are missing, changed, of another format or a newer version; the device or
+            the runtime is not there.
     """
+    path = Path(path)
+    own = path.name in (WEIGHTS, DESCRIPTION)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={device} cannot be used: {reason}") from error
+    inside = (path / DESCRIPTION).is_file()
+    if not own and not inside and (path.parent / DESCRIPTION).is_file():
+        return ExportedModel(path, trust=trust, device=str(device))
+    directory = path.parent if own else path
     description = read_description(directory)
-    weights = Path(directory) / WEIGHTS
-    if not weights.exists():
-        raise InputError(f"'{directory}' has no {WEIGHTS}")
-    expected = description["hashes"].get(WEIGHTS)
-    if sha256(weights) != expected:
-        raise InputError(
-            f"'{weights}' was changed after it was verified: its SHA-256 is not "
-            f"that in {DESCRIPTION}"
-        )
+    check_hashes(directory, description, [WEIGHTS])
     architecture = description["architecture"]
     try:
         model = build(architecture["train_form"], allowed=(*MODEL_PACKAGES, *trust))
-        model = _with_layers(model, architecture["layers"])
+        model = with_layers(model, architecture["layers"])
         # Cloned, because safetensors returns unaligned views, whose results differ in the last bit.
-        state = {key: value.clone() for key, value in load_file(weights).items()}
+        state = {key: value.clone() for key, value in load_file(directory / WEIGHTS).items()}
         model.load_state_dict(state, strict=True, assign=True)
     except InputError as error:
         raise InputError(f"'{directory}': {error}") from error
     except Exception as error:  # what the files describe may be anything
         raise InputError(f"'{directory}' does not describe its own weights: {error}") from error
     model.architecture = architecture["train_form"]
-    return model.eval()
+    model.description = description  # type: ignore[assignment]
+    model.input_is_uint8 = False  # type: ignore[assignment]
+    return model.to(device).eval()
+
+
+class ExportedModel(nn.Module):
+    """An exported file of an artefact, run by its own runtime.
+
+    It maps images `(batch, channels, height, width)`, normalized floats or, where `input_is_uint8`,
+    the pixels themselves, to float32 logits `(batch, classes)` on the CPU.
+
+    Args:
+        path: of the file, beside `model.json`.
+        trust: with "native", files of machine code may be loaded.
+        device: where it runs.
+
+    Raises:
+        InputError: the artefact does not have this file, it was changed, its runtime is missing, or
+            it would run machine code.
+    """
+
+    def __init__(self, path: str | Path, *, trust: Sequence[str] = (), device: str = "cpu") -> None:
+        from repnet.deploy.formats import ExportError, format_named
+
+        super().__init__()
+        path = Path(path)
+        description = read_description(path.parent)
+        entries = [e for e in description.get("exports") or [] if path.name in _files(e)]
+        if not entries:
+            raise InputError(
+                f"'{path.parent / DESCRIPTION}' does not list '{path.name}', so that nobody "
+                "verified it"
+            )
+        entry = entries[0]
+        check_hashes(path.parent, description, entry["files"])
+        chosen = format_named(entry["format"])
+        if chosen.native and "native" not in trust:
+            raise InputError(
+                f"'{path}' is machine code, which can do whatever you can; if you made it or know "
+                "who did, pass trust=['native']"
+            )
+        chosen.require()
+        self.description = description
+        self.precision = str(entry["precision"])
+        self.input_is_uint8 = bool(entry["preprocess"])
+        try:
+            file = path.with_name(entry["file"])
+            self.runner = chosen.load(file, precision=self.precision, device=device)
+        except ExportError as error:
+            raise InputError(f"'{path}' cannot be run: {error}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.runner(images)
+
+
+def check_hashes(directory: Path, description: dict[str, Any], files: Sequence[str]) -> None:
+    """Compare files of an artefact with the hashes in its description.
+
+    Raises:
+        InputError: one is missing, or was changed.
+    """
+    for file in files:
+        path = directory / file
+        if not path.is_file():
+            raise InputError(f"'{directory}' has no {file}")
+        if sha256(path) != description["hashes"].get(file):
+            raise InputError(
+                f"'{path}' was changed after it was verified: its SHA-256 is not that in "
+                f"{DESCRIPTION}"
+            )
+
+
+def _files(entry: Any) -> list[str]:
+    """Return the files of an entry of `exports`, none where it is malformed or leads elsewhere."""
+    if not isinstance(entry, dict) or not set(_EXPORT_KEYS) <= entry.keys():
+        return []
+    file, files = entry["file"], entry["files"]
+    if not isinstance(files, list) or not all(isinstance(f, str) for f in (file, *files)):
+        return []
+    paths = [PurePosixPath(name) for name in files]
+    outside = any(path.is_absolute() or ".." in path.parts for path in paths)
+    return [] if outside or PurePosixPath(file).name != file else [*files, file]
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
@@ -166,74 +243,3 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     if missing or {"train_form", "layers"} - description["architecture"].keys():
         raise InputError(f"'{path}' is incomplete")
     return description
-
-
-def _changed_layers(architecture: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return a description of each layer of `model` that its train form does not have."""
-    with torch.device("meta"):
-        original = build(architecture)
-    modules = dict(original.named_modules(remove_duplicate=False))
-    layers: dict[str, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(not n or name.startswith(f"{n}.") for n in layers):
-            continue
-        twin = modules.get(name)
-        if twin is None:
-            raise InputError(f"the architecture has no '{name}', which the model has")
-        if type(module) is not type(twin) or _settings(module) != _settings(twin):
-            settings = _settings(module)
-            if settings is None:
-                raise InputError(
-                    f"'{name}' is a {type(module).__name__}, which folding does not make"
-                )
-            layers[name] = settings
-    with torch.device("meta"):
-        rebuilt = _with_layers(original, layers).state_dict()
-    state = model.state_dict()
-    wrong = [
-        key
-        for key in (*state, *rebuilt)
-        if key not in state or key not in rebuilt or state[key].shape != rebuilt[key].shape
-    ]
-    if wrong:
-        raise InputError(f"the architecture does not fit the model at '{wrong[0]}'")
-    return layers
-
-
-def _with_layers(model: nn.Module, layers: dict[str, Any]) -> nn.Module:
-    for name, settings in layers.items():
-        layer = _build_layer(settings)
-        if not name:
-            return layer
-        model.set_submodule(name, layer)
-    return model
-
-
-def _settings(module: nn.Module) -> dict[str, Any] | None:
-    """Return a layer as plain data, None for one that folding does not make."""
-    name = type(module).__name__
-    if type(module) is nn.Sequential and any(isinstance(m, nn.ZeroPad2d) for m in module):
-        return {"type": "Sequential", "layers": [_settings(m) for m in module]}
-    cls, keys = _LAYERS.get(name, (None, ()))
-    if type(module) is not cls:
-        return None
-    settings: dict[str, Any] = {"type": name}
-    for key in keys:
-        value = getattr(module, key)
-        settings[key] = list(value) if isinstance(value, tuple) else value
-    if hasattr(module, "bias"):
-        settings["bias"] = module.bias is not None
-    return settings
-
-
-def _build_layer(settings: dict[str, Any]) -> nn.Module:
-    kind = settings["type"]
-    if kind == "Sequential":
-        return nn.Sequential(*(_build_layer(s) for s in settings["layers"]))
-    if kind not in _LAYERS:
-        raise InputError(f"unknown layer type '{kind}'")
-    cls, keys = _LAYERS[kind]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "type"}
-    if unknown := set(values) - {*keys, "bias"}:
-        raise InputError(f"unknown setting of {kind}: {', '.join(sorted(unknown))}")
-    return cls(**values)

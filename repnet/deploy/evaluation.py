@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CLOSEST = 24  # samples that a report shows
+
 
 @dataclass(frozen=True)
 class ChangedSample:
@@ -36,6 +38,27 @@ class ChangedSample:
         return self.margin <= self.rounding
 
 
+@dataclass(frozen=True)
+class Close:
+    """A sample whose prediction is close to flipping.
+
+    Args:
+        index: in the evaluation split.
+        label: its true class.
+        predicted: by the deploy form.
+        runner_up: the class that comes second.
+        margin: by how much the prediction is ahead (logits).
+        image: as the network sees it, float `(channels, height, width)`.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    runner_up: int
+    margin: float
+    image: Tensor
+
+
 @dataclass
 class Evaluation:
     """Predictions of both forms over one split.
@@ -48,6 +71,9 @@ class Evaluation:
         max_logit: largest absolute logit of the train form.
         finite: whether every logit of both forms is a number.
         sums: correct top-1 and top-5 predictions and summed loss, by form.
+        logits: of the deploy form, a CPU tensor for each batch.
+        labels: likewise.
+        closest: samples with the smallest margins, the smallest first.
     """
 
     samples: int = 0
@@ -62,6 +88,9 @@ class Evaluation:
             for form in ("train_form", "deploy_form")
         }
     )
+    logits: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    closest: list[Close] = field(default_factory=list)
 
     @property
     def agreement(self) -> float:
@@ -116,9 +145,34 @@ def evaluate(
                 evaluation.changed.append(ChangedSample(index, a, b, margin, error))
         for form, output in (("train_form", logits), ("deploy_form", folded)):
             _count(evaluation.sums[form], output, labels)
+        evaluation.closest = _closest(evaluation, images, folded, labels)
+        evaluation.logits.append(folded.float().cpu())
+        evaluation.labels.append(labels.cpu())
         evaluation.samples += len(images)
         evaluation.agreeing += len(images) - len(differing)
     return evaluation
+
+
+def _closest(evaluation: Evaluation, images: Tensor, logits: Tensor, labels: Tensor) -> list[Close]:
+    """Return the closest samples so far, with those of a batch."""
+    if logits.shape[1] < 2:
+        return []
+    best, classes = logits.topk(2)
+    margins = best[:, 0] - best[:, 1]
+    found = list(evaluation.closest)
+    for i in margins.argsort()[:CLOSEST].tolist():
+        if len(found) < CLOSEST or margins[i] < found[-1].margin:
+            found.append(
+                Close(
+                    index=evaluation.samples + i,
+                    label=int(labels[i]),
+                    predicted=int(classes[i, 0]),
+                    runner_up=int(classes[i, 1]),
+                    margin=margins[i].item(),
+                    image=images[i].cpu().clone(),
+                )
+            )
+    return sorted(found, key=lambda close: close.margin)[:CLOSEST]
 
 
 def _rounding(model: nn.Module, logits: Tensor, images: Tensor, samples: Tensor) -> Tensor:

@@ -1,69 +1,44 @@
-"""`deploy`: load, fold, verify, evaluate both forms, save; or refuse, and say why."""
+"""`deploy`: load, fold, verify, evaluate every form, save; or refuse, and say why."""
 
 from __future__ import annotations
 
 import platform
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repnet import __version__
+from repnet.callbacks.recalibration import recalibrate_batch_norm
 from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_checkpoint
-from repnet.complexity import count_macs, count_parameters
 from repnet.data import ImageDataModule
-from repnet.deploy.artifact import save_deployed
-from repnet.deploy.evaluation import Evaluation, evaluate
+from repnet.deploy import findings
+from repnet.deploy.artifact import DESCRIPTION, save_deployed
+from repnet.deploy.evaluation import evaluate
+from repnet.deploy.exporting import Export, Exporting
+from repnet.deploy.gate import VerificationError, judge
 from repnet.deploy.latency import measure_latency
 from repnet.deploy.report import write_html
-from repnet.equivalence import TOLERANCES, Equivalence, FoldMismatchError
+from repnet.deploy.settings import Int8, Settings
+from repnet.deploy.staging import Stage, check_target
+from repnet.deploy.structure import check_structure
+from repnet.equivalence import FoldMismatchError
 from repnet.errors import InputError
 from repnet.files import sha256, write_json
 from repnet.folding import reparameterize
-from repnet.proof import FoldReport
 from repnet.spec import DATA_PACKAGES, build
 
 PROOF_SAMPLES = 8  # real images on which every block is compared in float64
 
-
-class VerificationError(RuntimeError):
-    """The deploy form is not equal to the train form; nothing but the report was saved."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to deploy.
-
-    Args:
-        trust: packages that may be imported to build the network.
-        split: `test` or `val`.
-        device: torch device; `auto` for a GPU where there is one.
-        data: values of the checkpoint's data config to change, for instance `root`.
-        tolerance: largest difference of the two forms' logits in the stored dtype, relative to the
-            largest logit.
-        latency_runs: timed forward passes of each form.
-        latency_batch: images of each.
-        overwrite: replace what the directory holds.
-        weights: "ema" or "raw" of a checkpoint that holds both; None for those that it validated.
-    """
-
-    trust: Sequence[str] = ()
-    split: str = "test"
-    device: str = "auto"
-    data: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 1e-3
-    latency_runs: int = 50
-    latency_batch: int = 1
-    overwrite: bool = False
-    weights: str | None = None
+__all__ = ["Int8", "Settings", "VerificationError", "deploy"]
 
 
 def deploy(
@@ -71,10 +46,13 @@ def deploy(
 ) -> dict[str, Any]:
     """Fold a checkpoint's network, prove it equal, and write it with its report to `directory`.
 
+    Every exported file is run in its own runtime over the whole split. One that a gate refuses
+    refuses the deployment; one that cannot be made does not keep the others from being saved.
+
     Args:
         checkpoint: a `.ckpt` file, or a run directory.
-        directory: receives `model.safetensors`, `model.json`, `report.json` and `report.html`, all
-            at once at the end.
+        directory: receives `model.safetensors`, `model.json`, `report.json`, `report.html` and the
+            exports, all at once at the end.
         settings: None for the defaults.
 
     Returns:
@@ -82,13 +60,13 @@ def deploy(
 
     Raises:
         InputError: the checkpoint, the data or a setting is wrong; nothing was written.
-        VerificationError: the two forms differ; only the report was written.
+        VerificationError: a form differs; only the report was written.
     """
     settings = settings or Settings()
     started = time.perf_counter()
     directory = Path(directory)
-    _check_settings(settings)
-    _check_target(directory, settings.overwrite)
+    settings.check()
+    check_target(directory, settings.overwrite)
     path = find_checkpoint(checkpoint)
     contents = choose_weights(read_checkpoint(path), path, settings.weights)
     entry = contents["repnet"]
@@ -96,31 +74,32 @@ def deploy(
     train_form = model_from(contents, path, trust=settings.trust).eval()
     input_shape = tuple((entry.get("data") or {}).get("input_shape") or ())
     data = _data(entry["config"], settings, path, input_shape)
-    try:
-        loader = data.val_dataloader() if settings.split == "val" else data.test_dataloader()
-    except (ValueError, TypeError) as error:
-        raise InputError(f"the data cannot be loaded: {error}") from error
     report: dict[str, Any] = {
         "verified": False,
         "refusal": None,
         "exports": [],
         "provenance": _provenance(contents, path, device, data, settings),
+        "seconds": {"load": time.perf_counter() - started},
     }
-    artifact = None
-    try:
-        artifact = _verify(train_form.to(device), loader, input_shape, settings, report)
-        report["verified"] = True
-    except (FoldMismatchError, VerificationError) as error:
-        report["refusal"] = str(error)
-        if isinstance(error, FoldMismatchError) and error.equivalence is not None:
-            _report_proof(report, error.equivalence)
-    if report["refusal"] and (directory / "model.json").exists():
-        directory = directory.with_name(f"{directory.name}.refused")  # the verified model stays
-    with _staged(directory) as stage:
-        if artifact is not None:
+    train_form.to(device)
+    _recalibrate(train_form, data, settings.recalibrate, device)
+    with Stage(directory) as stage:
+        try:
+            deploy_form = _verify(train_form, data, stage.path, settings, report)
+            report["verified"] = True
+        except (FoldMismatchError, VerificationError) as error:
+            report["refusal"] = str(error)
+            if isinstance(error, FoldMismatchError) and error.equivalence is not None:
+                report |= findings.of_proof(error.equivalence)
+            stage.keep(())
+            if (directory / DESCRIPTION).exists():  # the verified model stays
+                stage.directory = directory.with_name(f"{directory.name}.refused")
+        else:
+            exports = [export for export in report["exports"] if export["verified"]]
+            stage.keep([file for export in exports for file in export["files"]])
             save_deployed(
-                artifact,
-                stage,
+                deploy_form,
+                stage.path,
                 architecture=entry["config"]["model"],
                 data=entry["data"],
                 provenance=report["provenance"],
@@ -128,22 +107,23 @@ def deploy(
                     key: report[key]
                     for key in ("samples", "agreement", "max_relative_error", "metrics")
                 },
+                exports=exports,
             )
         report["wall_seconds"] = time.perf_counter() - started
-        write_json(stage / "report.json", report)
-        write_html(report, stage / "report.html")
+        write_json(stage.path / "report.json", report)
+        write_html(report, stage.path / "report.html")
     if report["refusal"]:
         raise VerificationError(
             f"not deployed: {report['refusal']}. No model was saved; see "
-            f"{directory / 'report.html'}"
+            f"{stage.directory / 'report.html'}"
         )
     return report
 
 
 def _verify(
     train_form: nn.Module,
-    loader: Iterable[Any],
-    input_shape: tuple[int, ...],
+    data: ImageDataModule,
+    directory: Path,
     settings: Settings,
     report: dict[str, Any],
 ) -> nn.Module:
@@ -151,78 +131,84 @@ def _verify(
 
     Raises:
         FoldMismatchError: a block differs in float64.
-        VerificationError: predictions differ.
+        VerificationError: a form or an exported file does not hold to its gate.
     """
     device = next(train_form.parameters()).device
+    seconds = report["seconds"]
+    loader = data.val_dataloader() if settings.split == "val" else data.test_dataloader()
     example = next(iter(loader))[0][:PROOF_SAMPLES].to(device)
-    deploy_form, fold_report = reparameterize(train_form, example, return_report=True)
-    _report_fold(report, fold_report)
-    assert fold_report.proof is not None
-    _report_proof(report, fold_report.proof)
-
-    evaluation = evaluate(
-        train_form, deploy_form, _progress(loader, "evaluating both forms"), device
-    )
-    _report_evaluation(report, evaluation)
-    forms = {"train_form": train_form, "deploy_form": deploy_form}
-    report["parameters"] = {name: count_parameters(form) for name, form in forms.items()}
-    report["macs"] = {name: count_macs(form, input_shape) for name, form in forms.items()}
-    batch = torch.zeros(settings.latency_batch, *input_shape, device=device) + example[:1]
-    latency = measure_latency(forms, batch, runs=settings.latency_runs)
-    report["latency_ms"] = {name: value["median"] for name, value in latency.items()}
+    with _timed(seconds, "fold"):
+        deploy_form, folds = reparameterize(train_form, example, return_report=True)
+    report |= findings.of_fold(folds)
+    check_structure(train_form, deploy_form, allow_norms=settings.allow_norms)
+    with _timed(seconds, "evaluate"):
+        evaluation = evaluate(
+            train_form, deploy_form, _progress(loader, "evaluating both forms"), device
+        )
+    report |= findings.of_evaluation(evaluation, data)
+    judge(evaluation, settings.tolerance)
+    exports: list[Export] = []
+    if settings.exports:
+        exporting = Exporting(
+            deepcopy(deploy_form).cpu(), data, evaluation, settings, directory, _progress
+        )
+        with _timed(seconds, "exports"):
+            exports = exporting.run()
+        if exporting.int8 is not None:
+            report["int8"] = exporting.int8
+    with _timed(seconds, "latency"):
+        batch = torch.zeros(settings.latency_batch, *data.input_shape, device=device) + example[:1]
+        forms = {"train_form": train_form, "deploy_form": deploy_form}
+        latency = _latency(forms, exports, batch, settings)
+    report["latency_ms"] = {name: latency[name]["median"] for name in latency}
     report["latency"] = {
         "batch": settings.latency_batch,
         "runs": settings.latency_runs,
         "device": report["provenance"]["device"],
         "forms": latency,
     }
-    _judge(evaluation, settings)
+    top1 = evaluation.metrics["train_form"]["top1"]
+    report["exports"] = [export.describe(top1, settings.preprocess) for export in exports]
+    with _timed(seconds, "describe"):
+        blocks = [fold.name for fold in folds.folded]
+        report |= findings.of_network(train_form, deploy_form, data.input_shape, blocks)
+    refused = [export for export in exports if export.status == "refused"]
+    if refused:
+        raise VerificationError(f"{refused[0].name}: {refused[0].reason}")
     return deploy_form
 
 
-def _judge(evaluation: Evaluation, settings: Settings) -> None:
-    if evaluation.samples == 0:
-        raise VerificationError("the evaluation split is empty")
-    if not evaluation.finite:
-        raise VerificationError("a form returns NaN or infinity on the evaluation split")
-    changed = [sample for sample in evaluation.changed if not sample.is_tie]
-    if changed:
-        first = changed[0]
-        raise VerificationError(
-            f"{len(changed)} of {evaluation.samples:,} predictions changed; the first is sample "
-            f"{first.index}, class {first.train_form} -> {first.deploy_form}, where the train form "
-            f"prefers its class by {first.margin:.2e} and rounding explains {first.rounding:.2e}"
-        )
-    if not evaluation.relative_difference <= settings.tolerance:
-        raise VerificationError(
-            f"the logits differ by {evaluation.relative_difference:.1e} of the largest, allowed "
-            f"deploy.tolerance={settings.tolerance:.0e}"
-        )
+def _latency(
+    forms: dict[str, nn.Module], exports: Sequence[Export], batch: Tensor, settings: Settings
+) -> dict[str, dict[str, float]]:
+    """Return the latencies of both forms and all verified exports by name, taken in turns."""
+    subjects: dict[str, Callable[[Tensor], Any]] = dict(forms)
+    images = batch.cpu()
+    if settings.preprocess:
+        images = images.mul(64).add(128).clamp(0, 255).to(torch.uint8)
+    verified = [export for export in exports if export.status == "verified"]
+    for export in verified:
+        assert export.runner is not None
+        subjects[export.name] = partial(_call, export.runner, images)
+    times = measure_latency(subjects, batch, runs=settings.latency_runs)
+    for export in verified:
+        export.latency = times[export.name]
+    return times
 
 
-def _report_fold(report: dict[str, Any], fold: FoldReport) -> None:
-    report["fold"] = {
-        "folded": [{"name": f.name, "replaced": list(f.replaced)} for f in fold.folded],
-        "skipped": fold.skipped,
-        "left": fold.left,
-    }
-    report["warnings"] = fold.health
-    report["cast_error"] = None if fold.cast is None else fold.cast.max_relative_error
+def _call(runner: Callable[[Tensor], Tensor], images: Tensor, batch: Tensor) -> Tensor:
+    return runner(images)
 
 
-def _report_proof(report: dict[str, Any], proof: Equivalence) -> None:
-    report["max_relative_error"] = proof.max_relative_error
-    report["blocks"] = [asdict(block) for block in proof.blocks]
-    block, output = TOLERANCES[torch.float64]
-    report["tolerance"] = {"block": block, "output": output}
-
-
-def _report_evaluation(report: dict[str, Any], evaluation: Evaluation) -> None:
-    report["samples"] = evaluation.samples
-    report["agreement"] = evaluation.agreement
-    report["metrics"] = evaluation.metrics
-    report["logit_difference"] = evaluation.relative_difference
-    report["changed"] = [{**asdict(s), "tie": s.is_tie} for s in evaluation.changed]
+def _recalibrate(
+    model: nn.Module, data: ImageDataModule, batches: int, device: torch.device
+) -> None:
+    """Compute the statistics of the norms anew, on training images without augmentation."""
+    if not batches:
+        return
+    loader, _ = data.sample(batches * data.batch_size)
+    images = (images.to(device) for images, _ in _progress(loader, "statistics of batch norms"))
+    recalibrate_batch_norm(model, images)
 
 
 def _data(
@@ -230,11 +216,7 @@ def _data(
 ) -> ImageDataModule:
     """Return the data module of the run; only repnet's own data sets are built from a file."""
     spec = dict(config["data"]) if isinstance(config.get("data"), dict) else {}
-    for unneeded in (
-        "augment",
-        "cache",
-        "download",
-    ):  # training only; nothing is fetched on a file's word
+    for unneeded in ("augment", "cache", "download"):  # nothing is fetched on a file's word
         spec.pop(unneeded, None)
     spec |= {key: value for key, value in settings.data.items() if value is not None}
     try:
@@ -249,6 +231,10 @@ def _data(
             f"{path}: the network was trained on images of {list(shape)}, the data "
             f"set has {list(data.input_shape)}"
         )
+    try:
+        data.val_dataloader()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the data cannot be loaded: {error}") from error
     return data
 
 
@@ -270,12 +256,13 @@ def _provenance(
         "checkpoint": str(path.resolve()),
         "checkpoint_sha256": sha256(path),
         "weights": settings.weights or (contents.get("ema") or {}).get("saved", "raw"),
+        "recalibrated_batches": settings.recalibrate,
         "epoch": contents.get("epoch"),
         "step": contents.get("global_step"),
         "model": contents["repnet"]["config"]["model"],
         "data": type(data).__name__,
         "split": settings.split,
-        "device": _hardware(device),
+        "device": hardware(device),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "repnet": __version__,
@@ -285,7 +272,7 @@ def _provenance(
     }
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device) -> str:
     """Return what a latency was measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -297,59 +284,13 @@ def _hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def _check_settings(settings: Settings) -> None:
-    if settings.split not in ("test", "val"):
-        raise InputError(f"split='{settings.split}' is unknown; choose test or val")
-    if min(settings.latency_runs, settings.latency_batch) < 1:
-        raise InputError("latency.runs and latency.batch must be at least 1")
-    if not settings.tolerance >= 0:
-        raise InputError(f"deploy.tolerance={settings.tolerance} must be 0 or more")
-
-
-def _check_target(directory: Path, overwrite: bool) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"'{directory}' is a file; choose another hydra.run.dir")
-    held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    reports = {"report.json", "report.html"}  # of an earlier refusal: nothing to lose
-    if foreign := sorted(held - reports - {"model.safetensors", "model.json"}):
-        raise InputError(
-            f"'{directory}' holds '{foreign[0]}', which no deployment wrote and none may replace; "
-            "choose another hydra.run.dir"
-        )
-    if held - reports and not overwrite:
-        raise InputError(
-            f"'{directory}' is not empty; replace it with deploy.overwrite=true, or choose another "
-            "hydra.run.dir"
-        )
-
-
-class _staged:
-    """A temporary directory beside `directory` that takes its place when all went well."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def __enter__(self) -> Path:
-        parent = self.directory.absolute().parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self.stage = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=parent))
-        except OSError as error:
-            raise InputError(f"cannot write to '{parent}': {error}") from error
-        self.stage.chmod(0o755)  # mkdtemp makes it private
-        return self.stage
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.stage, ignore_errors=True)
-            return
-        old = None
-        if self.directory.exists():
-            old = self.stage.with_name(f"{self.stage.name}.old")
-            self.directory.rename(old)
-        self.stage.rename(self.directory)
-        if old is not None:
-            shutil.rmtree(old)
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - start
 
 
 def _progress(loader: Iterable[Any], description: str) -> Iterable[Any]:
@@ -357,4 +298,7 @@ def _progress(loader: Iterable[Any], description: str) -> Iterable[Any]:
     from rich.progress import track
 
     # Standard output keeps the result; the bar needs a terminal.
-    return track(loader, description, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(
+        loader, description, console=console, transient=True, disable=not console.is_terminal
+    )

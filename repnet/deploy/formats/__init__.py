@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 
 from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.spec import unknown_name
 from repnet.errors import InputError
+from repnet.spec import unknown_name
 
 _CLASSES = {
     "onnx": "Onnx",

@@ -28,6 +28,8 @@ class Format(ABC):
         packages: modules that writing and running need.
         suffix: of the file; a companion file, if any, has the same stem.
         precisions: that it can be written in; the first is the default.
+        int8: whether `repnet.deploy.int8` can quantize its float32 file.
+        native: whether the file is machine code, which no check makes safe.
     """
 
     name: ClassVar[str]
@@ -35,6 +37,8 @@ class Format(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     suffix: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    int8: ClassVar[bool] = False
+    native: ClassVar[bool] = False
 
     @abstractmethod
     def export(
@@ -88,6 +92,5 @@ class Format(ABC):
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             raise InputError(
-                f"export={self.name} needs {', '.join(missing)}: "
-                f'pip install "repnet[{self.extra}]"'
+                f'export={self.name} needs {", ".join(missing)}: pip install "repnet[{self.extra}]"'
             )

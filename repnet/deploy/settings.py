@@ -1,0 +1,113 @@
+"""`Settings`: how to deploy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from repnet.deploy.formats import format_named
+from repnet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How int8 files are made and judged.
+
+    Args:
+        max_drop: of top-1 accuracy below that of the train form, a fraction.
+        min_agreement: fraction of samples with the prediction of the deploy form.
+        samples: training images that calibrate the ranges of activations.
+        seed: of their choice.
+    """
+
+    max_drop: float = 0.01
+    min_agreement: float = 0.9
+    samples: int = 300
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to deploy.
+
+    Args:
+        trust: packages that may be imported to build the network.
+        split: `test` or `val`.
+        device: torch device; `auto` for a GPU where there is one.
+        data: values of the checkpoint's data config to change, for instance `root`.
+        tolerance: largest difference of the two forms' logits in the stored dtype, relative to the
+            largest logit.
+        latency_runs: timed forward passes of each form.
+        latency_batch: images of each.
+        overwrite: replace what the directory holds.
+        weights: "ema" or "raw" of a checkpoint that holds both; None for those that it validated.
+        recalibrate: batches of training images on which the statistics of batch norms are computed
+            anew before anything else; 0 for those of training.
+        allow_norms: ship a network of which not every batch norm could be folded.
+        exports: precisions by format.
+        preprocess: put resizing, cropping and normalization into the exported files, which then
+            take uint8 images.
+        export_tolerance: as `tolerance`, of float32 files to the deploy form.
+        export_max_drop: of top-1 accuracy, of fp16 and bf16 files.
+        export_min_agreement: fraction of predictions, of the same.
+        int8: of int8 files.
+    """
+
+    trust: Sequence[str] = ()
+    split: str = "test"
+    device: str = "auto"
+    data: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-3
+    latency_runs: int = 50
+    latency_batch: int = 1
+    overwrite: bool = False
+    weights: str | None = None
+    recalibrate: int = 0
+    allow_norms: bool = False
+    exports: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    preprocess: bool = False
+    export_tolerance: float = 1e-4
+    export_max_drop: float = 0.005
+    export_min_agreement: float = 0.98
+    int8: Int8 = field(default_factory=Int8)
+
+    def check(self) -> None:
+        """Raise an `InputError` for a value that makes no sense or a package that is missing."""
+        if self.split not in ("test", "val"):
+            raise InputError(f"split='{self.split}' is unknown; choose test or val")
+        counts = {
+            "latency.runs": self.latency_runs,
+            "latency.batch": self.latency_batch,
+            "int8.samples": self.int8.samples,
+        }
+        for key, count in counts.items():
+            if count < 1:
+                raise InputError(f"{key}={count} must be at least 1")
+        if self.recalibrate < 0:
+            raise InputError(f"recalibrate={self.recalibrate} must be 0 or more batches")
+        limits = {
+            "deploy.tolerance": self.tolerance,
+            "export.tolerance": self.export_tolerance,
+            "export.max_drop": self.export_max_drop,
+            "export.min_agreement": self.export_min_agreement,
+            "int8.max_drop": self.int8.max_drop,
+            "int8.min_agreement": self.int8.min_agreement,
+        }
+        for key, limit in limits.items():
+            if not limit >= 0:
+                raise InputError(f"{key}={limit} must be 0 or more")
+        for name, precisions in self.exports.items():
+            _check_export(name, precisions)
+
+
+def _check_export(name: str, precisions: Sequence[str]) -> None:
+    chosen = format_named(name)
+    known = (*chosen.precisions, "int8") if chosen.int8 else chosen.precisions
+    for precision in precisions:
+        if precision not in known:
+            raise InputError(
+                f"export.{name}.precisions: '{precision}' is not one of {', '.join(known)}"
+            )
+    if chosen.skip_reason() is None:  # else there is nothing to install that would help
+        chosen.require()

@@ -1,0 +1,92 @@
+"""The output directory: nothing in it is lost, and it is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from repnet.deploy.artifact import DESCRIPTION, WEIGHTS
+from repnet.errors import InputError
+
+REPORTS = ("report.json", "report.html")  # of an earlier refusal: nothing to lose
+CARD = "README.md"  # of `repnet.hub`
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Refuse a directory that holds what must not be replaced.
+
+    Raises:
+        InputError: it is a file, holds something that no deployment wrote, or an artefact that may
+            not be overwritten.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"'{directory}' is a file; choose another hydra.run.dir")
+    held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    own = {WEIGHTS, DESCRIPTION, CARD} | _exported(directory)
+    if foreign := sorted(held - set(REPORTS) - own):
+        raise InputError(
+            f"'{directory}' holds '{foreign[0]}', which no deployment wrote and none may replace; "
+            "choose another hydra.run.dir"
+        )
+    if held - set(REPORTS) and not overwrite:
+        raise InputError(
+            f"'{directory}' is not empty; replace it with deploy.overwrite=true, or choose another "
+            "hydra.run.dir"
+        )
+
+
+def _exported(directory: Path) -> set[str]:
+    """Return the names of what the artefact in `directory` says it holds."""
+    try:
+        hashes = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))["hashes"]
+        return {Path(file).parts[0] for file in hashes}
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return set()
+
+
+class Stage:
+    """A temporary directory, `path`, that takes the place of `directory` when all went well.
+
+    Args:
+        directory: made, or replaced.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> Stage:
+        parent = self.directory.absolute().parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=parent))
+        except OSError as error:
+            raise InputError(f"cannot write to '{parent}': {error}") from error
+        self.path.chmod(0o755)  # mkdtemp makes it private
+        return self
+
+    def keep(self, files: Collection[str]) -> None:
+        """Remove all but the named files, relative to `path`."""
+        for path in sorted(self.path.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.path).as_posix() not in files:
+                path.unlink()
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        old = None
+        if self.directory.exists():
+            if (self.directory / CARD).is_file():  # may have been written by hand
+                shutil.copy2(self.directory / CARD, self.path / CARD)
+            old = self.path.with_name(f"{self.path.name}.old")
+            self.directory.rename(old)
+        self.path.rename(self.directory)
+        if old is not None:
+            shutil.rmtree(old)

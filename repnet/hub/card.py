@@ -1,0 +1,236 @@
+"""The model card of an artefact: `README.md`, with the header that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repnet import __version__
+from repnet.deploy.artifact import WEIGHTS, read_description
+from repnet.errors import InputError
+from repnet.files import write_text
+
+CARD = "README.md"
+REPORT = "report.json"
+
+
+def write_model_card(
+    directory: str | Path, *, repo_id: str = "OWNER/NAME", license: str | None = None
+) -> Path:
+    """Write the artefact's `README.md` from its description and report, and return its path.
+
+    Args:
+        directory: that `deploy.py` wrote.
+        repo_id: that the card's examples load.
+        license: identifier for the Hub; None leaves it out.
+
+    Raises:
+        InputError: the artefact is not verified, or its report is incomplete.
+    """
+    directory = Path(directory)
+    description = read_description(directory)
+    report = read_report(directory, description)
+    try:
+        text = _card(description, report, repo_id, license)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"'{directory / REPORT}' is incomplete: {error!r}") from error
+    write_text(directory / CARD, text)
+    return directory / CARD
+
+
+def read_report(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """Return `report.json` of an artefact.
+
+    Raises:
+        InputError: it is missing or damaged, or does not say that each file is verified.
+    """
+    path = directory / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"'{directory}' has no {REPORT}, so that nobody verified it; make it with deploy.py"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged: {error}") from error
+    if not isinstance(report, dict) or report.get("verified") is not True:
+        raise InputError(f"'{path}' says that the model is not verified; deploy it again")
+    try:
+        verified = {export["file"] for export in _verified(report)}
+        listed = [export["file"] for export in description.get("exports") or []]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"'{directory}': its list of exports is malformed: {error!r}") from error
+    for file in listed:
+        if file not in verified:
+            raise InputError(f"'{path}' does not say that '{file}' is verified; deploy it again")
+    return report
+
+
+def _verified(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in report.get("exports") or [] if entry["verified"] is True]
+
+
+def _card(
+    description: dict[str, Any], report: dict[str, Any], repo_id: str, license: str | None
+) -> str:
+    provenance = report.get("provenance") or {}
+    data = str(provenance.get("data", "images"))
+    name = _model_name(description)
+    exports = _verified(report)
+    split = str(provenance.get("split", "test"))
+    top1 = report["metrics"]["deploy_form"]["top1"]
+    header: dict[str, Any] = {
+        **({"license": license} if license else {}),
+        "library_name": "repnet",
+        "pipeline_tag": "image-classification",
+        "tags": sorted(
+            {"image-classification", "structural-re-parameterization"}
+            | {str(export["format"]) for export in exports}
+        ),
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": name,
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": data, "type": _identifier(data), "split": split},
+                        "metrics": [{"type": "accuracy", "name": "top-1", "value": top1}],
+                    }
+                ],
+            }
+        ],
+    }
+    classes = len((description.get("data") or {}).get("class_names") or [])
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        f"# {name} on {data}",
+        "",
+        f"A convnet that was trained with several branches per block and folded by repnet "
+        f"{__version__}. Before it was saved, all {report['samples']:,} predictions of the {split} "
+        f"split were compared with those of the trained network, in every form below.",
+        "",
+        *_table(
+            ("form", "file", "top-1", "drop", "agreement", "latency, ms", "MB"),
+            _forms(description, report, exports),
+        ),
+        "",
+        f"Latency: one image, {_cell(provenance.get('device'))}. Drop: of accuracy, from the train "
+        "form. Agreement: predictions that are the same.",
+        "",
+        "## Use",
+        "",
+        *_usage(repo_id, exports, classes),
+        "",
+        "## Provenance",
+        "",
+        *_table(("", ""), _provenance(provenance, report)),
+        "",
+        "## SHA-256",
+        "",
+        *_table(("file", "hash"), ((f, f"`{h}`") for f, h in description["hashes"].items())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _forms(
+    description: dict[str, Any], report: dict[str, Any], exports: Iterable[dict[str, Any]]
+) -> list[tuple[str, ...]]:
+    """Return a row for each form, and for each exported file."""
+    metrics, latency = report["metrics"], report.get("latency_ms") or {}
+    train, deployed = metrics["train_form"]["top1"], metrics["deploy_form"]["top1"]
+    rows: list[tuple[str, ...]] = [
+        ("train form", "", _percent(train), "", "", _number(latency.get("train_form")), ""),
+        (
+            "deploy form",
+            WEIGHTS,
+            _percent(deployed),
+            _percent(train - deployed),
+            _percent(report.get("agreement")),
+            _number(latency.get("deploy_form")),
+            "",
+        ),
+    ]
+    for export in exports:
+        size = export.get("bytes")
+        rows.append(
+            (
+                f"{export['format']} {export['precision']}",
+                str(export["file"]),
+                _percent(export.get("top1")),
+                _percent(export.get("drop")),
+                _percent(export.get("agreement")),
+                _number(export.get("latency_ms")),
+                _number(size / 1e6 if size else None),
+            )
+        )
+    return rows
+
+
+def _usage(repo_id: str, exports: Sequence[dict[str, Any]], classes: int) -> list[str]:
+    lines = [
+        "```python",
+        "from repnet.hub import from_hub",
+        "",
+        f"model = from_hub({repo_id!r})  # nn.Module: normalized images to {classes} logits",
+    ]
+    lines += [f"model = from_hub({repo_id!r}, file={e['file']!r})" for e in exports]
+    return [
+        *lines,
+        "```",
+        "",
+        "```bash",
+        f"python -m repnet.hub pull {repo_id} model",
+        "python -m repnet.predict model IMAGE_OR_FOLDER",
+        "```",
+    ]
+
+
+def _provenance(provenance: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return facts about where the weights come from; paths stay private."""
+    facts = {
+        "data": provenance.get("data"),
+        "split": provenance.get("split"),
+        "samples compared": report["samples"],
+        "largest relative error of a block, float64": report.get("max_relative_error"),
+        "epoch": provenance.get("epoch"),
+        "weights": provenance.get("weights"),
+        "checkpoint SHA-256": provenance.get("checkpoint_sha256"),
+        "deployed": provenance.get("created"),
+        **(provenance.get("versions") or {}),
+    }
+    return [(key, str(value)) for key, value in facts.items() if value is not None]
+
+
+def _model_name(description: dict[str, Any]) -> str:
+    target = description["architecture"]["train_form"].get("_target_", "network")
+    return str(target).rpartition(".")[2]
+
+
+def _identifier(name: str) -> str:
+    """Return `FashionMNIST` as `fashion_mnist`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines]
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

@@ -1,0 +1,193 @@
+"""Artefacts to and from the Hugging Face Hub, or a folder that stands in for it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import torch
+from torch import nn
+
+from repnet.deploy.artifact import (
+    DESCRIPTION,
+    WEIGHTS,
+    check_hashes,
+    load_deployed,
+    read_description,
+)
+from repnet.deploy.staging import Stage
+from repnet.errors import InputError
+from repnet.hub.card import CARD, REPORT, read_report, write_model_card
+
+_TEXTS = (DESCRIPTION, REPORT, "report.html", CARD)
+
+
+def push_to_hub(
+    directory: str | Path,
+    repo_id: str | Path,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    message: str = "Upload a verified deploy model",
+) -> str:
+    """Upload an artefact with its reports and a model card, and return where it is.
+
+    Only what the artefact lists is uploaded, after its hashes are checked. A `README.md` in the
+    directory is taken as it is; otherwise the card is generated.
+
+    Args:
+        directory: that `deploy.py` wrote.
+        repo_id: `OWNER/NAME`, made if it is not there; or a folder: a `file://` URL, or a path that
+            begins with `/`, `.` or `~`, which must be new or empty.
+        private: of a new repository; None for the owner's default.
+        token: of the Hub; None for the one that is stored by `hf auth login`.
+        revision: branch; None for the main one.
+        license: identifier for the generated card, for instance `apache-2.0`.
+        message: of the commit.
+
+    Raises:
+        InputError: the artefact is not verified or was changed, or cannot be uploaded.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        # What was checked is what is uploaded, whatever happens in the directory meanwhile.
+        copy = Path(temporary)
+        _copy(Path(directory), copy)
+        if not (copy / CARD).exists():
+            write_model_card(copy, repo_id=str(repo_id), license=license)
+        if (folder := _folder(repo_id)) is not None:
+            _check_new(folder)
+            with Stage(folder) as stage:
+                shutil.copytree(copy, stage.path, dirs_exist_ok=True)
+            return str(folder)
+        hub = _huggingface_hub()
+        try:
+            api = hub.HfApi(token=token)
+            api.create_repo(str(repo_id), private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=str(repo_id),
+                folder_path=copy,
+                revision=revision,
+                commit_message=message,
+                delete_patterns=["model.*", "model_*"],  # exports of an earlier artefact
+            )
+        except Exception as error:  # a network fails in every way that there is
+            raise InputError(f"cannot push to '{repo_id}': {_first_line(error)}") from error
+        return str(commit.commit_url)
+
+
+def pull(
+    repo_id: str | Path,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
+    """Download an artefact to a new directory, check it, and return the directory.
+
+    Args:
+        repo_id: as in `push_to_hub`.
+        directory: new or empty.
+        revision: branch, tag or commit; None for the main branch.
+        token: of the Hub.
+
+    Raises:
+        InputError: there is no such artefact, or it was changed; nothing was written.
+    """
+    directory = Path(directory)
+    _check_new(directory)
+    source = _folder(repo_id) or _download(repo_id, revision=revision, token=token)
+    with Stage(directory) as stage:
+        _copy(source, stage.path)
+    return directory
+
+
+def from_hub(
+    repo_id: str | Path,
+    *,
+    file: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    trust: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Return the deploy model of a repository, as `load_deployed` does.
+
+    Args:
+        repo_id: as in `push_to_hub`.
+        file: an exported file of the artefact; None for the PyTorch network.
+        revision: branch, tag or commit; None for the main branch.
+        cache_dir: of downloads; None for that of `huggingface_hub`.
+        token: of the Hub.
+        trust: names of packages that may be imported to build the network.
+        device: where it runs.
+
+    Raises:
+        InputError: there is no such artefact, or it was changed.
+    """
+    source = _folder(repo_id) or _download(
+        repo_id, revision=revision, token=token, cache_dir=cache_dir
+    )
+    return load_deployed(source / (file or WEIGHTS), trust=trust, device=device)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a verified artefact, and compare the copy with the hashes."""
+    description = read_description(source)
+    read_report(source, description)
+    hashes = [str(file) for file in description["hashes"]]
+    for file in hashes:
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise InputError(f"'{source / DESCRIPTION}' lists '{file}', outside of the artefact")
+    for file in (*hashes, *_TEXTS):
+        if (source / file).is_file():
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target / file)
+    try:
+        check_hashes(target, description, hashes)
+    except InputError as error:
+        raise InputError(str(error).replace(str(target), str(source))) from error
+
+
+def _folder(repo_id: str | Path) -> Path | None:
+    """Return the folder that stands in for a repository, None for one of the Hub."""
+    if isinstance(repo_id, Path):
+        return repo_id
+    if repo_id.startswith("file://"):
+        return Path(unquote(urlsplit(repo_id).path))
+    if repo_id[:1] in ("/", ".", "~") or Path(repo_id).is_absolute():
+        return Path(repo_id).expanduser()
+    return None
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"'{folder}' is not an empty directory; choose another")
+
+
+def _download(repo_id: str | Path, **options: Any) -> Path:
+    hub = _huggingface_hub()
+    try:
+        return Path(hub.snapshot_download(str(repo_id), **options))
+    except Exception as error:  # a network fails in every way that there is
+        raise InputError(f"cannot pull '{repo_id}': {_first_line(error)}") from error
+
+
+def _huggingface_hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError(
+            'the Hugging Face Hub needs huggingface_hub: pip install "repnet[hub]"'
+        ) from error
+    return huggingface_hub
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

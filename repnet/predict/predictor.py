@@ -1,0 +1,242 @@
+"""`Predictor`: from image files to class names and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from repnet.data.decoding import SUFFIXES, decode
+from repnet.data.folder import printable
+from repnet.deploy.artifact import DESCRIPTION, WEIGHTS, ExportedModel, load_deployed
+from repnet.errors import InputError
+
+Source = str | Path | bytes | Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """A class and its probability; `index` is its place in the network's output."""
+
+    name: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first."""
+
+    image: str
+    scores: list[Score]
+
+
+class Predictor:
+    """A deploy model with the preparation of images and the class names that belong to it.
+
+    Images are prepared by the rule of evaluation: the shorter side is resized and the center
+    cropped, where the data set did so; else they are resized to the size of the training images.
+
+    Args:
+        artefact: a directory that `deploy.py` wrote, or a file in it.
+        trust: names of packages that may be imported to build the network.
+        device: of the network.
+
+    Raises:
+        InputError: the artefact or the device cannot be used, or `model.json` does not say how
+            images are prepared.
+    """
+
+    def __init__(
+        self, artefact: str | Path, *, trust: Sequence[str] = (), device: str = "cpu"
+    ) -> None:
+        self.artefact = Path(artefact)
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"device={device} cannot be used: {reason}") from error
+        # What it knows of itself are attributes that nn.Module does not declare.
+        self.model = cast(Any, load_deployed(self.artefact, trust=trust, device=device))
+        self.description: dict[str, Any] = self.model.description
+        self.takes_uint8: bool = self.model.input_is_uint8
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        try:
+            data = self.description["data"]
+            self.channels, *size = (int(length) for length in data["input_shape"])
+            self.height, self.width = size
+            self.resize = None if data.get("resize") is None else int(data["resize"])
+            if min(self.channels, *size, 1 if self.resize is None else self.resize) < 1:
+                raise ValueError("a length must be at least 1")
+            self.mean, self.std = (
+                torch.tensor(data[key], dtype=torch.float32).reshape(self.channels, 1, 1)
+                for key in ("mean", "std")
+            )
+            self.class_names = [str(name) for name in data["class_names"]]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"'{artefact}': its {DESCRIPTION} does not say how images are prepared (data: "
+                f"input_shape, mean, std, resize, class_names): {error!r}"
+            ) from error
+        if self.channels not in (1, 3):
+            raise InputError(
+                f"'{artefact}' takes images of {self.channels} channels; only gray and RGB "
+                "images can be prepared for it"
+            )
+
+    @property
+    def rule(self) -> str:
+        """How an image is prepared, for people."""
+        size = f"{self.height} x {self.width}"
+        if self.resize is None:
+            return f"resized to {size} pixels where it has another size"
+        return f"shorter side resized to {self.resize} pixels, center {size} cropped"
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what was loaded, by file; the first file is the one that is run."""
+        files = [WEIGHTS]
+        if isinstance(self.model, ExportedModel):
+            for export in self.description["exports"]:
+                if self.artefact.name in (export["file"], *export["files"]):
+                    files = sorted(export["files"], key=lambda file: file != export["file"])
+        return {file: self.description["hashes"][file] for file in files}
+
+    def predict(
+        self, images: Iterable[Source], *, top: int = 5, batch_size: int = 32
+    ) -> list[Prediction]:
+        """Return a prediction for each image.
+
+        Args:
+            images: paths, contents of files, PIL images, or uint8 `(channels, height, width)`.
+            top: classes of each.
+            batch_size: images that the network sees at once.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        images = list(images)
+        predictions = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            names = [
+                printable(str(image)) if isinstance(image, str | Path) else f"image {index}"
+                for index, image in enumerate(batch, start)
+            ]
+            prepared = [self.prepare(image) for image in batch]
+            predictions += self.classify(prepared, names, top=top)
+        return predictions
+
+    def prepare(self, image: Source) -> Tensor:
+        """Return an image as the model takes it, `(channels, height, width)`.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            pixels = _with_channels(_read(image), self.channels)
+        except (OSError, ValueError) as error:
+            name = f" '{printable(str(image))}'" if isinstance(image, str | Path) else ""
+            raise InputError(f"cannot read the image{name}: {error}") from error
+        size = [self.height, self.width]
+        if self.resize is None:
+            if list(pixels.shape[1:]) != size:
+                pixels = v2.functional.resize(pixels, size, antialias=True)
+        elif not self.takes_uint8:  # else the model itself resizes and crops
+            pixels = v2.functional.resize(pixels, [self.resize], antialias=True)
+            pixels = v2.functional.center_crop(pixels, size)
+        return pixels if self.takes_uint8 else (pixels.float() / 255 - self.mean) / self.std
+
+    @torch.inference_mode()
+    def classify(
+        self, images: Sequence[Tensor], names: Sequence[str], *, top: int = 5
+    ) -> list[Prediction]:
+        """Return the predictions of images that `prepare` returned, run as one batch.
+
+        Raises:
+            InputError: the model's outputs are not numbers, or not as many as there are classes.
+        """
+        probabilities = torch.cat(
+            [
+                self.model(torch.stack(list(group)).to(self.device)).double().softmax(1).cpu()
+                for _, group in groupby(images, key=lambda image: image.shape)
+            ]
+        )
+        if probabilities.shape[1] != len(self.class_names):
+            raise InputError(
+                f"'{self.artefact}' returns {probabilities.shape[1]} classes, its {DESCRIPTION} "
+                f"names {len(self.class_names)}"
+            )
+        predictions = []
+        for name, row in zip(names, probabilities, strict=True):
+            if not row.isfinite().all():
+                raise InputError(f"'{self.artefact}' returns NaN or infinity for '{name}'")
+            values, indices = row.topk(min(top, len(row)))
+            pairs = zip(indices.tolist(), values.tolist(), strict=True)
+            scores = [Score(self.class_names[i], i, probability) for i, probability in pairs]
+            predictions.append(Prediction(name, scores))
+        return predictions
+
+
+def find_images(places: Iterable[str | Path]) -> list[Path]:
+    """Return the files among `places`, and the images below the folders among them, sorted.
+
+    Raises:
+        InputError: there is no such place, or a folder without images.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            if not place.exists():
+                raise InputError(f"there is no image or folder '{place}'")
+            found.append(place)
+            continue
+        inside = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+        images = sorted(
+            path
+            for path in inside
+            if path.is_file() and not any(p[0] == "." for p in path.relative_to(place).parts)
+        )
+        if not images:
+            raise InputError(f"the folder '{place}' holds no images ({' '.join(SUFFIXES)})")
+        found += images
+    return found
+
+
+def _read(image: Source) -> Tensor:
+    """Return uint8 pixels `(channels, height, width)`."""
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.numel() == 0:
+            raise ValueError(
+                f"a tensor must be uint8 (channels, height, width), not {image.dtype} "
+                f"{tuple(image.shape)}"
+            )
+        return image
+    if isinstance(image, Image.Image):
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise ValueError(f"it has mode {image.mode}; convert it to 8 bits")
+        if "transparency" in image.info:  # of a palette: PIL warns of the direct way
+            image = image.convert("RGBA")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+
+
+def _with_channels(pixels: Tensor, channels: int) -> Tensor:
+    if pixels.shape[0] == channels:
+        return pixels
+    if pixels.shape[0] == 1:
+        return pixels.expand(channels, -1, -1)
+    if pixels.shape[0] != 3:
+        raise ValueError(f"it has {pixels.shape[0]} channels, neither 1 (gray) nor 3 (RGB)")
+    # PIL's weights (ITU-R 601-2), rounded: gray levels that were repeated come back as they were.
+    red, green, blue = pixels.int()
+    gray = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return gray.to(torch.uint8)[None]
