@@ -1,0 +1,1 @@
+"""How fast every form of a network is: `python -m repnet.bench`, explained in `docs/speed.md`."""
