@@ -19,6 +19,7 @@ from repnet.callbacks.pictures import Pictures, send_picture
 from repnet.callbacks.progress import ThroughputBar
 from repnet.callbacks.progressive import ProgressiveAugmentation, ProgressiveResizing
 from repnet.callbacks.prune import PruneTrial
+from repnet.callbacks.quantization_aware import QuantizationAware
 from repnet.callbacks.random_state import RandomState
 from repnet.callbacks.recalibration import BatchNormRecalibration, recalibrate_batch_norm
 from repnet.callbacks.reparameterize import Reparameterize
@@ -44,6 +45,7 @@ __all__ = [
     "ProgressiveAugmentation",
     "ProgressiveResizing",
     "PruneTrial",
+    "QuantizationAware",
     "RandomState",
     "Reparameterize",
     "SafeCheckpointIO",

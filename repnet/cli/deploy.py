@@ -115,6 +115,9 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
     )
     if report["exports"]:
         console.print(_exports(report))
+        for export in report["exports"]:
+            if export["status"] != "verified":
+                print(f"{export['file']} {export['status']}: {export['reason']}")
     if report["fold"]["left"]:
         print(f"batch norms left: {', '.join(report['fold']['left'])} (reasons in the report)")
     print(f"model and report: {directory}", flush=True)
@@ -125,7 +128,7 @@ def _exports(report: dict[str, Any]) -> Any:
 
     table = Table(title="Exports, run in their own runtimes over the same images")
     for column in ("file", "precision", "status"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("top-1", "same prediction", "latency, ms", "MB"):
         table.add_column(column, justify="right")
     colors = {"verified": "green", "skipped": "yellow", "failed": "red"}
@@ -140,8 +143,4 @@ def _exports(report: dict[str, Any]) -> Any:
             f"{export['latency_ms']:.3f}" if ran else "",
             f"{export['bytes'] / 1e6:.1f}" if ran else "",
         )
-    for export in report["exports"]:
-        if export["status"] == "skipped":
-            table.add_section()
-            table.add_row(f"{export['file']}: {export['reason']}")
     return table

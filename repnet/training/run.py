@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from repnet.callbacks import (
 )
 from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
 from repnet.complexity import count_parameters
+from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.spec import DATA_PACKAGES, MODEL_PACKAGES, build
@@ -45,6 +47,8 @@ from repnet.training.find_lr import find_learning_rate
 from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
 from repnet.training.profiling import build_profiler
 from repnet.weights import load_weights
+
+STATISTICS_BATCHES = 10  # that give the norms of a partially folded network their statistics
 
 # What a config that says nothing of these means: that of an older run, or of a library's caller.
 DEFAULTS: dict[str, Any] = {
@@ -78,6 +82,7 @@ RESUME_PACKAGES = (
     "repnet.callbacks.kernel_decay",
     "repnet.callbacks.norm_health",
     "repnet.callbacks.pictures",
+    "repnet.callbacks.quantization_aware",
     "repnet.callbacks.progressive",
     "repnet.callbacks.prune",
     "repnet.callbacks.recalibration",
@@ -153,7 +158,10 @@ def train(
     data.train_dataloader()  # refuses batches that the data cannot fill, before anything is written
     config, model = build_model(config, data, allowed)
     if config["pretrained"] and not start:
-        print(load_weights(model, config["pretrained"], head=config["pretrained_head"]), flush=True)
+        head = config["pretrained_head"]
+        batches = (images for images, _ in islice(data.train_dataloader(), STATISTICS_BATCHES))
+        said = load_folded(model, config["pretrained"], batches, head=head, trust=trust)
+        print(said or load_weights(model, config["pretrained"], head=head), flush=True)
     previous_seconds = 0.0
     saved: dict[str, Any] | None = None
     if resume:  # before anything is written: the checkpoint is whole, and fits the config
