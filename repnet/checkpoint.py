@@ -167,7 +167,8 @@ def find_checkpoint(path: str | Path, name: str = "best") -> Path:
             f"there is no checkpoint '{path}'; pass a file such as "
             "RUN/checkpoints/best.ckpt, or the run's directory"
         )
-    if path.suffix in (".safetensors", ".json"):
+    exported = path.suffix != ".ckpt" and (path.parent / "model.json").is_file()
+    if exported or path.suffix in (".safetensors", ".json"):
         raise InputError(
             f"'{path}' belongs to a deploy model; a checkpoint in train form (.ckpt) is wanted"
         )

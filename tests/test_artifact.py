@@ -399,3 +399,16 @@ def test_weights_that_do_not_fit_are_refused(change: str, saved: Path) -> None:
     edit(saved, lambda d: d["hashes"].update({"model.safetensors": sha256(path)}))
     with pytest.raises(InputError, match="does not describe its own weights"):
         load_deployed(saved)
+
+
+def test_a_partially_folded_model_says_so_and_comes_back(tmp_path: Path) -> None:
+    model = randomize_batch_norm(create_model("repvgg_tiny", block="qarepvgg")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    partial = reparameterize(model, x, norms="keep")
+    save_deployed(partial, tmp_path)
+    assert json.loads((tmp_path / "model.json").read_text())["form"] == "partial"
+    loaded = load_deployed(tmp_path)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in loaded.modules())
+    assert torch.equal(loaded(x), partial(x))
+    folded = reparameterize(loaded, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
