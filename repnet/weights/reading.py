@@ -111,7 +111,7 @@ def _load(path: str | Path) -> Any:
     if not path.is_file():
         kind = "a directory, not a file" if path.is_dir() else "not there"
         if (path / "model.json").is_file():
-            kind += ": it holds a deploy model, which is not trained; take RUN/checkpoints/best.ckpt"
+            kind += "; it holds a deploy model, which is not trained: use RUN/checkpoints/best.ckpt"
         raise InputError(f"'{path}' is {kind}")
     with path.open("rb") as file:
         start = file.read(9)
