@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repnet.checkpoint import save_checkpoint
+from repnet.deploy import folded_layers
 from repnet.deploy.artifact import load_deployed, read_description, save_deployed
 from repnet.errors import InputError
 from repnet.files import sha256
@@ -48,10 +50,11 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the description in `directory` by `change`."""
+    """Change the description in `directory` by `change`, as one who knows of its sum."""
     path = directory / "model.json"
     description = json.loads(path.read_text(encoding="utf-8"))
     change(description)
+    description.pop("sha256", None)
     path.write_text(json.dumps(description), encoding="utf-8")
 
 
@@ -412,3 +415,42 @@ def test_a_partially_folded_model_says_so_and_comes_back(tmp_path: Path) -> None
     assert torch.equal(loaded(x), partial(x))
     folded = reparameterize(loaded, x)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+@pytest.mark.parametrize("key", ["architecture", "data", "hashes", "form"])
+def test_a_changed_description_is_noticed(saved: Path, key: str) -> None:
+    path = saved / "model.json"
+    description = json.loads(path.read_text())
+    description[key] = {"other": 1}
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        load_deployed(saved)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    with pytest.raises(InputError, match="version 99"):
+        load_deployed(saved)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(4)],
+         (2, 3, 8, 8)),
+        ([nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)], (2, 6)),
+        ([nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4)], (2, 3, 8)),
+        ([nn.ConvTranspose3d(3, 4, 2, bias=False), nn.BatchNorm3d(4)], (2, 3, 4, 4, 4)),
+    ],
+)  # fmt: skip
+def test_folded_layers_of_every_kind_come_back(
+    layers: list[nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(spec: Any) -> nn.Module:
+        return copy.deepcopy(train_form)
+
+    train_form = randomize_batch_norm(nn.Sequential(*layers, nn.ReLU()))
+    monkeypatch.setattr(folded_layers, "build", build)
+    x = torch.randn(shape)
+    folded = reparameterize(train_form, x)
+    described = json.loads(json.dumps(folded_layers.changed_layers({}, folded)))
+    rebuilt = folded_layers.with_layers(build({}), described)
+    rebuilt.load_state_dict(folded.state_dict())
+    assert torch.equal(rebuilt.eval()(x), folded(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -274,6 +275,11 @@ def test_a_missing_extra_is_named_before_anything_is_done(
         (Settings(exports={"onnxx": ["fp32"]}), "did you mean 'onnx'"),
         (Settings(exports={"openvino": ["fp8"]}), "not one of fp32, .*int8"),
         (Settings(exports={"torch_export": ["int8"]}), "'int8' is not one of"),
+        (Settings(exports={"onnx": "fp32"}), "must be a list"),
+        (Settings(exports={"onnx": []}), "must be a list"),
+        (Settings(exports={"onnx": ["fp32", "fp32"]}), "different precisions"),
+        (Settings(overwrite="no"), "deploy.overwrite=no"),  # type: ignore[arg-type]
+        (Settings(latency_runs=2.5), "latency.runs=2.5"),  # type: ignore[arg-type]
         (Settings(recalibrate=-1), "recalibrate=-1"),
         (Settings(int8=Int8(samples=0)), "int8.samples=0"),
         (Settings(int8=Int8(max_drop=float("nan"))), "int8.max_drop"),
@@ -284,6 +290,27 @@ def test_settings_that_make_no_sense(
 ) -> None:
     with pytest.raises(InputError, match=reason):
         deploy(checkpoint, tmp_path / "out", settings)
+
+
+def test_other_classes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.ckpt"
+    contents = torch.load(checkpoint, weights_only=True)
+    names = contents["repnet"]["data"]["class_names"]
+    contents["repnet"]["data"]["class_names"] = [*names[1:], names[0]]
+    torch.save(contents, other)
+    with pytest.raises(InputError, match="in another order"):
+        deploy(other, tmp_path / "out")
+
+
+def test_what_lies_in_the_way_of_a_refusal_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    settings = Settings(overwrite=True, latency_runs=1)
+    deploy(checkpoint, tmp_path / "out", settings)
+    (tmp_path / "out.refused").mkdir()
+    (tmp_path / "out.refused" / "notes.txt").write_text("mine")
+    with pytest.raises(VerificationError, match=r"out\.refused\.2"):
+        deploy(checkpoint, tmp_path / "out", dataclasses.replace(settings, tolerance=0))
+    assert (tmp_path / "out.refused" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out.refused.2" / "report.json").exists()
 
 
 def test_statistics_may_be_computed_anew(checkpoint: Path, tmp_path: Path) -> None:

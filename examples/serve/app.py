@@ -62,7 +62,9 @@ class LimitBody:
 @asynccontextmanager
 async def load(app: FastAPI) -> AsyncIterator[None]:
     """Load the artefact, and run it once: a broken one does not even start."""
-    predictor = Predictor(os.environ["REPNET_ARTEFACT"])
+    predictor = Predictor(
+        os.environ["REPNET_ARTEFACT"], trust=os.environ.get("REPNET_TRUST", "").split()
+    )
     blank = torch.zeros(predictor.channels, predictor.height, predictor.width, dtype=torch.uint8)
     predictor.predict([blank])
     app.state.predictor, app.state.lock = predictor, Lock()

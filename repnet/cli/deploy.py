@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from repnet.cli import command
 from repnet.errors import InputError
@@ -39,16 +40,28 @@ def deploy_directory(checkpoint: str) -> str:
 def job(cfg: DictConfig) -> None:
     """Run one deployment."""
     directory = command.output_directory()
+    for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        report, failed = _deploy(cfg, directory)
+    finally:
+        command.remove_if_empty(directory)
+    _summarize(report, directory)
+    if failed:
+        raise failed
+
+
+def _deploy(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], Exception | None]:
     from repnet.deploy.formats import ExportError  # torch only when there is work to do
     from repnet.deploy.pipeline import Int8, Settings, deploy
 
     exports = {
-        name: list(options.precisions)
+        str(name): _list(f"export.{name}.precisions", options.precisions)
         for name, options in cfg.export.items()
         if isinstance(options, DictConfig)
     }
     settings = Settings(
-        trust=list(cfg.trust),
+        trust=_list("trust", cfg.trust),
         split=cfg.split,
         device=cfg.device,
         data=OmegaConf.to_container(cfg.data, resolve=True),  # type: ignore[arg-type]
@@ -66,17 +79,26 @@ def job(cfg: DictConfig) -> None:
         export_min_agreement=cfg.export.min_agreement,
         int8=Int8(**OmegaConf.to_container(cfg.int8)),  # type: ignore[arg-type]
     )
-    try:
-        report = deploy(cfg.ckpt, directory, settings)
-    finally:
-        command.remove_if_empty(directory)
-    _summarize(report, directory)
-    if failed := [e for e in report["exports"] if e["status"] == "failed"]:
-        reasons = "; ".join(f"{e['format']} {e['precision']}: {e['reason']}" for e in failed)
-        raise ExportError(
-            f"{len(failed)} of {len(report['exports'])} exports failed, the others are saved: "
-            f"{reasons}"
-        )
+    report = deploy(cfg.ckpt, directory, settings)
+    reasons = [
+        f"{export['format']} {export['precision']}: {export['reason']}"
+        for export in report["exports"]
+        if export["status"] == "failed"
+    ]
+    if not reasons:
+        return report, None
+    return report, ExportError(
+        f"{len(reasons)} of {len(report['exports'])} exports failed, the others are saved: "
+        f"{'; '.join(reasons)}"
+    )
+
+
+def _list(key: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, ListConfig):
+        raise InputError(f"{key}={value} must be a list")
+    return list(value)
 
 
 def _summarize(report: dict[str, Any], directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -129,10 +130,15 @@ class ImageDataModule(LightningDataModule, ABC):
         """Return a loader of the same images, and their indices."""
         split = self.unaugmented(self._split(0))
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(len(split), generator=generator)[:count].tolist()
+        order = torch.randperm(len(split), generator=generator).tolist()
+        indices = list(islice((i for i in order if self._readable(split, i)), count))
         size = self.batch_size
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         return self._loader(split, batches), indices
+
+    def _readable(self, split: Any, index: int) -> bool:
+        """Return whether an image is one that `skip_corrupt` would not skip."""
+        return True
 
     def unaugmented(self, split: Any) -> Any:
         """Return a split with the images of evaluation."""

@@ -97,6 +97,10 @@ class EncodedImages(Dataset[Any], ABC):
         kept = [self._sample(index, image) for index, image in images if image is not None]
         return kept or [self[indices[0]]]  # a batch cannot be empty
 
+    def is_readable(self, index: int) -> bool:
+        """Return whether the image can be read; needs `skip_corrupt`."""
+        return self._try(index) is not None
+
     def _try(self, index: int) -> Tensor | None:
         if self.corrupt[index]:
             return None
@@ -184,6 +188,9 @@ class EncodedDataModule(ImageDataModule):
             "skip_corrupt": self.skip_corrupt,
             "full_batches": train,
         }
+
+    def _readable(self, split: Any, index: int) -> bool:
+        return not self.skip_corrupt or split.is_readable(index)
 
     def unaugmented(self, split: Any) -> Any:
         plain = copy.copy(split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from repnet.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from repnet.deploy.folded_layers import changed_layers, with_layers
 from repnet.errors import InputError
-from repnet.files import sha256, write_atomically, write_json
+from repnet.files import finite, sha256, write_atomically, write_json
 from repnet.spec import MODEL_PACKAGES, build, is_plain
 
 FORMAT = "repnet-deploy"
@@ -70,18 +71,16 @@ def save_deployed(
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / WEIGHTS, lambda path: save_file(state, path), load_file)
     files = [WEIGHTS, *(file for export in exports for file in export["files"])]
-    write_json(
-        directory / DESCRIPTION,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "form": "partial" if getattr(model, "reparameterized", None) == "keep" else "deploy",
-            "architecture": {"train_form": architecture, "layers": layers},
-            "hashes": {file: sha256(directory / file) for file in files},
-            "exports": [{key: export[key] for key in _EXPORT_KEYS} for export in exports],
-            **{key: value for key, value in extras.items() if value is not None},
-        },
-    )
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "form": "partial" if getattr(model, "reparameterized", None) == "keep" else "deploy",
+        "architecture": {"train_form": architecture, "layers": layers},
+        "hashes": {file: sha256(directory / file) for file in files},
+        "exports": [{key: export[key] for key in _EXPORT_KEYS} for export in exports],
+        **{key: value for key, value in extras.items() if value is not None},
+    }
+    write_json(directory / DESCRIPTION, {**description, "sha256": _sum(description)})
 
 
 def load_deployed(
@@ -157,7 +156,8 @@ class ExportedModel(nn.Module):
         super().__init__()
         path = Path(path)
         description = read_description(path.parent)
-        entries = [e for e in description.get("exports") or [] if path.name in _files(e)]
+        listed = description.get("exports")
+        entries = [e for e in listed if path.name in _files(e)] if isinstance(listed, list) else []
         if not entries:
             raise InputError(
                 f"'{path.parent / DESCRIPTION}' does not list '{path.name}', so that nobody "
@@ -185,6 +185,12 @@ class ExportedModel(nn.Module):
         return self.runner(images)
 
 
+def _sum(description: dict[str, Any]) -> str:
+    """Return the hash of all else in `model.json`, in whatever layout it is written."""
+    plain = json.dumps(finite(description), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
 def check_hashes(directory: Path, description: dict[str, Any], files: Sequence[str]) -> None:
     """Compare files of an artefact with the hashes in its description.
 
@@ -207,7 +213,11 @@ def _files(entry: Any) -> list[str]:
     if not isinstance(entry, dict) or not set(_EXPORT_KEYS) <= entry.keys():
         return []
     file, files = entry["file"], entry["files"]
-    if not isinstance(files, list) or not all(isinstance(f, str) for f in (file, *files)):
+    if not isinstance(files, list):
+        return []
+    if not all(isinstance(text, str) for text in (file, entry["format"], *files)):
+        return []
+    if not any(name == file or name.startswith(f"{file}/") for name in files):
         return []
     paths = [PurePosixPath(name) for name in files]
     outside = any(path.is_absolute() or ".." in path.parts for path in paths)
@@ -237,6 +247,9 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise InputError(
             f"'{path}' has format version {version}, this repnet reads up to {VERSION}"
         )
+    expected = description.pop("sha256", None)  # those of older versions have none
+    if expected is not None and expected != _sum(description):
+        raise InputError(f"'{path}' was changed after it was written: its own sum does not fit")
     missing = [
         key for key in ("architecture", "hashes") if not isinstance(description.get(key), dict)
     ]

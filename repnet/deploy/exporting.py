@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,15 @@ from repnet.data import ImageDataModule
 from repnet.deploy.evaluation import Evaluation
 from repnet.deploy.formats import ExportError, Format, Runner, format_named
 from repnet.deploy.gate import Comparison, Gate, VerificationError
-from repnet.deploy.settings import Int8, Settings
+from repnet.deploy.settings import Settings
 from repnet.errors import InputError
 from repnet.files import sha256
+
+if TYPE_CHECKING:
+    from repnet.deploy.int8 import Attempt, LayerSensitivity
+
+
+_PIXELS = 50_000_000  # values of a batch of images in their full size
 
 
 @dataclass
@@ -124,7 +130,8 @@ class Exporting:
             ).eval()
             side = (resize, resize) if resize else (height, width)
             self.example = torch.zeros(2, channels, *side, dtype=torch.uint8)
-        self.int8: dict[str, Any] | None = None
+        self.int8: dict[str, Any] | None = None  # of the report
+        self.calibration: tuple[Tensor, list[LayerSensitivity]] | None = None
 
     def run(self) -> list[Export]:
         """Return all exports with their verdicts; a failure of one does not stop the others."""
@@ -164,7 +171,7 @@ class Exporting:
     def _fail(self, export: Export, error: Exception) -> None:
         text = str(error).strip().replace(f"{self.directory}{os.sep}", "")
         line = text.splitlines()[0] if text else ""
-        known = isinstance(error, ExportError) and line
+        known = isinstance(error, ExportError | InputError) and line
         export.status, export.reason = (
             "failed",
             line if known else f"{type(error).__name__}: {line}",
@@ -172,15 +179,24 @@ class Exporting:
 
     def _compare(self, exports: Sequence[Export]) -> None:
         """Run the files over the split, all with the same batches."""
+        if not exports:
+            return
         for export in exports:
             export.comparison = Comparison(self._gate(export.precision), self.scale)
         running = list(exports)
         names = ", ".join(export.name for export in exports)
         for images, labels, expected in self.progress(self._batches(), names):
+            if not running:
+                break
             for export in list(running):
                 assert export.runner is not None
                 assert export.comparison is not None
                 try:
+                    if not export.comparison.samples:  # a runtime may treat one image differently
+                        alone = Comparison(self._gate(export.precision), self.scale)
+                        alone.add(export.runner(images[:1]), expected[:1], labels[:1])
+                        if not alone.difference <= alone.gate.tolerance or not alone.finite:
+                            raise VerificationError("it differs where an image comes alone")
                     export.comparison.add(export.runner(images), expected, labels)
                 except VerificationError as error:
                     export.status, export.reason = "refused", str(error)
@@ -231,7 +247,8 @@ class Exporting:
             if corrupt is not None and len(corrupt) and corrupt[index]:
                 continue
             image = split.read(index)
-            if held and (held[0].shape != image.shape or len(held) == self.data.batch_size):
+            full = len(held) == self.data.batch_size or len(held) * image.numel() > _PIXELS
+            if held and (full or held[0].shape != image.shape):
                 yield torch.stack(held)
                 held = []
             held.append(image)
@@ -239,59 +256,61 @@ class Exporting:
             yield torch.stack(held)
 
     def _quantize(self, format: Format) -> Export:
-        from repnet.deploy.int8 import Attempt, quantize_until, sensitivity
+        from repnet.deploy.int8 import Attempt, quantize_until
 
         export = self._new(format, "int8")
         if reason := format.skip_reason():
             export.reason = reason
             return export
-        options: Int8 = self.settings.int8
         source = self.directory / f"float{format.suffix}"
+        tried: list[Attempt] = []
         try:
-            images, indices = self.data.calibration(options.samples, options.seed)
-            layers = sensitivity(self.folded, images)
-            if self.settings.preprocess:
-                images = self._calibration_pixels(indices)
+            if self.calibration is None:
+                self.calibration = self._calibrate()
+            images, layers = self.calibration
             format.export(self.model, self.example, source, metadata=self._metadata())
 
             def accept(path: Path) -> Attempt:
+                export.comparison = None
                 export.runner = format.load(path, precision="int8")
                 self._compare([export])
                 assert export.comparison is not None
                 result = export.comparison
-                return Attempt(
-                    kept=[],
-                    accepted=export.status == "verified",
-                    top1=result.top1,
-                    drop=self.top1 - result.top1,
-                    agreement=result.agreement,
-                )
+                drop, accepted = self.top1 - result.top1, export.status == "verified"
+                tried.append(Attempt([], accepted, result.top1, drop, result.agreement))
+                return tried[-1]
 
-            attempts = quantize_until(format.name, source, export.path, images, layers, accept)
-        except InputError:
-            raise
+            tried = quantize_until(format.name, source, export.path, images, layers, accept)
         except Exception as error:  # of a foreign library
             self._fail(export, error)
-            return export
         finally:
             for file in format.files(source):
                 file.unlink(missing_ok=True)
-        kept = set(attempts[-1].kept)
-        if self.int8 is None:
-            joined = ",".join(str(index) for index in indices)
-            self.int8 = {
-                "samples": len(indices),
-                "seed": options.seed,
-                "split": "train",
-                "indices_sha256": hashlib.sha256(joined.encode()).hexdigest(),
-                "max_drop": options.max_drop,
-                "layers": [asdict(layer) | {"kept_float": False} for layer in layers],
-                "attempts": {},
-            }
-        for layer in self.int8["layers"]:
-            layer["kept_float"] |= layer["name"] in kept
-        self.int8["attempts"][format.name] = [asdict(attempt) for attempt in attempts]
+        if self.int8 is not None:
+            kept = set(tried[-1].kept) if tried and export.status == "verified" else set()
+            for layer in self.int8["layers"]:
+                layer["kept_float"] |= layer["name"] in kept
+            self.int8["attempts"][format.name] = [asdict(attempt) for attempt in tried]
         return export
+
+    def _calibrate(self) -> tuple[Tensor, list[LayerSensitivity]]:
+        """Return the calibration images, as the files take them, and what int8 does to layers."""
+        from repnet.deploy.int8 import sensitivity
+
+        options = self.settings.int8
+        images, indices = self.data.calibration(options.samples, options.seed)
+        layers = sensitivity(self.folded, images)
+        joined = ",".join(str(index) for index in indices)
+        self.int8 = {
+            "samples": len(indices),
+            "seed": options.seed,
+            "split": "train",
+            "indices_sha256": hashlib.sha256(joined.encode()).hexdigest(),
+            "max_drop": options.max_drop,
+            "layers": [asdict(layer) | {"kept_float": False} for layer in layers],
+            "attempts": {},
+        }
+        return (self._calibration_pixels(indices) if self.settings.preprocess else images), layers
 
     def _calibration_pixels(self, indices: Sequence[int]) -> Tensor:
         """Return the calibration images as they are stored, in the size of the example."""

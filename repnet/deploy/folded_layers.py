@@ -10,25 +10,27 @@ from torch import nn
 from repnet.errors import InputError
 from repnet.spec import build
 
+_CONVOLUTION = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+_TRANSPOSED = (*_CONVOLUTION, "output_padding")
+
 # What folding puts in the place of blocks and norms, and the settings that describe it.
 _LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "Conv2d": (
-        nn.Conv2d,
-        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-    ),
-    "ConvTranspose2d": (
-        nn.ConvTranspose2d,
-        (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "output_padding",
-            "dilation",
-            "groups",
-        ),
-    ),
+    "Conv1d": (nn.Conv1d, _CONVOLUTION),
+    "Conv2d": (nn.Conv2d, _CONVOLUTION),
+    "Conv3d": (nn.Conv3d, _CONVOLUTION),
+    "ConvTranspose1d": (nn.ConvTranspose1d, _TRANSPOSED),
+    "ConvTranspose2d": (nn.ConvTranspose2d, _TRANSPOSED),
+    "ConvTranspose3d": (nn.ConvTranspose3d, _TRANSPOSED),
+    "Linear": (nn.Linear, ("in_features", "out_features")),
     "ZeroPad2d": (nn.ZeroPad2d, ("padding",)),
     "Identity": (nn.Identity, ()),
 }

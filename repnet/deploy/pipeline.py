@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from repnet import __version__
 from repnet.callbacks.recalibration import recalibrate_batch_norm
 from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_checkpoint
 from repnet.data import ImageDataModule
 from repnet.deploy import findings
-from repnet.deploy.artifact import DESCRIPTION, save_deployed
+from repnet.deploy.artifact import DESCRIPTION, load_deployed, save_deployed
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting
 from repnet.deploy.gate import VerificationError, judge
@@ -73,7 +75,7 @@ def deploy(
     device = _device(settings.device)
     train_form = model_from(contents, path, trust=settings.trust).eval()
     input_shape = tuple((entry.get("data") or {}).get("input_shape") or ())
-    data = _data(entry["config"], settings, path, input_shape)
+    data = _data(entry, settings, path, input_shape)
     report: dict[str, Any] = {
         "verified": False,
         "refusal": None,
@@ -85,13 +87,17 @@ def deploy(
     _recalibrate(train_form, data, settings.recalibrate, device)
     with Stage(directory) as stage:
         try:
-            deploy_form = _verify(train_form, data, stage.path, settings, report)
+            deploy_form = _verify(
+                train_form, data, entry["config"]["model"], stage.path, settings, report
+            )
             report["verified"] = True
         except (FoldMismatchError, VerificationError) as error:
             report["refusal"] = str(error)
             if isinstance(error, FoldMismatchError) and error.equivalence is not None:
                 report |= findings.of_proof(error.equivalence)
             stage.keep(())
+            for export in report["exports"]:
+                export |= {"files": [], "bytes": None, "sha256": None}
             if (directory / DESCRIPTION).exists():  # the verified model stays
                 stage.directory = directory.with_name(f"{directory.name}.refused")
         else:
@@ -123,6 +129,7 @@ def deploy(
 def _verify(
     train_form: nn.Module,
     data: ImageDataModule,
+    architecture: dict[str, Any],
     directory: Path,
     settings: Settings,
     report: dict[str, Any],
@@ -136,12 +143,17 @@ def _verify(
     device = next(train_form.parameters()).device
     seconds = report["seconds"]
     loader = data.val_dataloader() if settings.split == "val" else data.test_dataloader()
-    example = next(iter(loader))[0][:PROOF_SAMPLES].to(device)
+    first = next(iter(loader), None)
+    if first is None:
+        raise InputError(f"the {settings.split} split is empty")
+    example = first[0][:PROOF_SAMPLES].to(device)
     with _timed(seconds, "fold"):
-        deploy_form, folds = reparameterize(train_form, example, return_report=True)
+        folded, folds = reparameterize(train_form, example, return_report=True)
     report |= findings.of_fold(folds)
-    check_structure(train_form, deploy_form, allow_norms=settings.allow_norms)
-    with _timed(seconds, "evaluate"):
+    check_structure(train_form, folded, allow_norms=settings.allow_norms)
+    deploy_form = _reloaded(folded, architecture, settings.trust).to(device)
+    # TF32 would hide what the gates look for.
+    with _timed(seconds, "evaluate"), cudnn.flags(enabled=True, allow_tf32=False):
         evaluation = evaluate(
             train_form, deploy_form, _progress(loader, "evaluating both forms"), device
         )
@@ -161,10 +173,18 @@ def _verify(
         forms = {"train_form": train_form, "deploy_form": deploy_form}
         latency = _latency(forms, exports, batch, settings)
     report["latency_ms"] = {name: latency[name]["median"] for name in latency}
+    on_gpu = {
+        "train_form",
+        "deploy_form",
+        *(e.name for e in exports if e.format.name == "tensorrt"),
+    }
     report["latency"] = {
         "batch": settings.latency_batch,
         "runs": settings.latency_runs,
         "device": report["provenance"]["device"],
+        "devices": {
+            name: hardware(device if name in on_gpu else torch.device("cpu")) for name in latency
+        },
         "forms": latency,
     }
     top1 = evaluation.metrics["train_form"]["top1"]
@@ -176,6 +196,13 @@ def _verify(
     if refused:
         raise VerificationError(f"{refused[0].name}: {refused[0].reason}")
     return deploy_form
+
+
+def _reloaded(folded: nn.Module, architecture: dict[str, Any], trust: Sequence[str]) -> nn.Module:
+    """Return the folded network as `load_deployed` gives it back: what is evaluated is the file."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_deployed(folded, directory, architecture=architecture)
+        return load_deployed(directory, trust=trust)
 
 
 def _latency(
@@ -212,10 +239,11 @@ def _recalibrate(
 
 
 def _data(
-    config: dict[str, Any], settings: Settings, path: Path, shape: Sequence[int]
+    entry: dict[str, Any], settings: Settings, path: Path, shape: Sequence[int]
 ) -> ImageDataModule:
     """Return the data module of the run; only repnet's own data sets are built from a file."""
-    spec = dict(config["data"]) if isinstance(config.get("data"), dict) else {}
+    saved = entry["config"].get("data")
+    spec = dict(saved) if isinstance(saved, dict) else {}
     for unneeded in ("augment", "cache", "download"):  # nothing is fetched on a file's word
         spec.pop(unneeded, None)
     spec |= {key: value for key, value in settings.data.items() if value is not None}
@@ -231,11 +259,22 @@ def _data(
             f"{path}: the network was trained on images of {list(shape)}, the data "
             f"set has {list(data.input_shape)}"
         )
+    names = (entry.get("data") or {}).get("class_names")
+    if names and list(names) != list(data.class_names):
+        raise InputError(
+            f"{path}: the network was trained on {len(names)} classes ({_some(names)}), the data "
+            f"set has {len(data.class_names)} others, or in another order "
+            f"({_some(data.class_names)})"
+        )
     try:
         data.val_dataloader()
     except (ValueError, TypeError) as error:
         raise InputError(f"the data cannot be loaded: {error}") from error
     return data
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(str(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _device(name: str) -> torch.device:

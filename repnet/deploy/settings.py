@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from repnet.deploy.formats import format_named
@@ -76,16 +77,24 @@ class Settings:
         """Raise an `InputError` for a value that makes no sense or a package that is missing."""
         if self.split not in ("test", "val"):
             raise InputError(f"split='{self.split}' is unknown; choose test or val")
-        counts = {
-            "latency.runs": self.latency_runs,
-            "latency.batch": self.latency_batch,
-            "int8.samples": self.int8.samples,
+        switches = {
+            "deploy.overwrite": self.overwrite,
+            "deploy.allow_norms": self.allow_norms,
+            "export.preprocess": self.preprocess,
         }
-        for key, count in counts.items():
-            if count < 1:
-                raise InputError(f"{key}={count} must be at least 1")
-        if self.recalibrate < 0:
-            raise InputError(f"recalibrate={self.recalibrate} must be 0 or more batches")
+        for key, switch in switches.items():
+            if not isinstance(switch, bool):
+                raise InputError(f"{key}={switch} must be true or false")
+        counts = {
+            "latency.runs": (self.latency_runs, 1),
+            "latency.batch": (self.latency_batch, 1),
+            "int8.samples": (self.int8.samples, 1),
+            "int8.seed": (self.int8.seed, 0),
+            "recalibrate": (self.recalibrate, 0),
+        }
+        for key, (count, least) in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise InputError(f"{key}={count} must be a whole number, at least {least}")
         limits = {
             "deploy.tolerance": self.tolerance,
             "export.tolerance": self.export_tolerance,
@@ -95,14 +104,18 @@ class Settings:
             "int8.min_agreement": self.int8.min_agreement,
         }
         for key, limit in limits.items():
-            if not limit >= 0:
-                raise InputError(f"{key}={limit} must be 0 or more")
+            if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
+                raise InputError(f"{key}={limit} must be a number, 0 or more")
         for name, precisions in self.exports.items():
             _check_export(name, precisions)
 
 
 def _check_export(name: str, precisions: Sequence[str]) -> None:
     chosen = format_named(name)
+    if isinstance(precisions, str) or not precisions or len({*precisions}) < len(precisions):
+        raise InputError(
+            f"export.{name}.precisions={precisions} must be a list of different precisions"
+        )
     known = (*chosen.precisions, "int8") if chosen.int8 else chosen.precisions
     for precision in precisions:
         if precision not in known:
@@ -111,3 +124,5 @@ def _check_export(name: str, precisions: Sequence[str]) -> None:
             )
     if chosen.skip_reason() is None:  # else there is nothing to install that would help
         chosen.require()
+        if "int8" in precisions and name == "openvino" and find_spec("nncf") is None:
+            raise InputError('int8 for OpenVINO needs nncf: pip install "repnet[openvino]"')

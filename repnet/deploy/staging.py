@@ -81,12 +81,36 @@ class Stage:
         if kind is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             return
+        self._avoid_what_came_since()
+        try:
+            self._take_its_place()
+        except OSError as error:
+            raise InputError(
+                f"cannot replace '{self.directory}' ({error}); the result is in '{self.path}'"
+            ) from error
+
+    def _avoid_what_came_since(self) -> None:
+        """Choose a free name beside a directory that holds what no deployment wrote."""
+        wanted, number = self.directory, 1
+        while True:
+            try:
+                return check_target(self.directory, overwrite=True)
+            except InputError:
+                number += 1
+                self.directory = wanted.with_name(f"{wanted.name}.{number}")
+
+    def _take_its_place(self) -> None:
         old = None
         if self.directory.exists():
             if (self.directory / CARD).is_file():  # may have been written by hand
                 shutil.copy2(self.directory / CARD, self.path / CARD)
             old = self.path.with_name(f"{self.path.name}.old")
             self.directory.rename(old)
-        self.path.rename(self.directory)
+        try:
+            self.path.rename(self.directory)
+        except OSError:
+            if old is not None:
+                old.rename(self.directory)
+            raise
         if old is not None:
             shutil.rmtree(old)

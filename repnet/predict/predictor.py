@@ -164,10 +164,13 @@ class Predictor:
         Raises:
             InputError: the model's outputs are not numbers, or not as many as there are classes.
         """
+        groups = [list(group) for _, group in groupby(images, key=lambda image: image.shape)]
+        if self.takes_uint8 and self.resize is not None:  # of full size: not many at once
+            groups = [[image] for image in images]
         probabilities = torch.cat(
             [
-                self.model(torch.stack(list(group)).to(self.device)).double().softmax(1).cpu()
-                for _, group in groupby(images, key=lambda image: image.shape)
+                self.model(torch.stack(group).to(self.device)).double().softmax(1).cpu()
+                for group in groups
             ]
         )
         if probabilities.shape[1] != len(self.class_names):

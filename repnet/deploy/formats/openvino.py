@@ -99,7 +99,7 @@ class _Compiled:
         import openvino
 
         self.core = openvino.Core()
-        self.path = path
+        self.model = self.core.read_model(path)  # once: the file may be replaced later
         self.settings = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",
@@ -107,7 +107,7 @@ class _Compiled:
             # Processes beside each other would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        images = self.core.read_model(path).input()
+        images = self.model.input()
         dtype = torch.from_numpy(np.empty(0, images.element_type.to_dtype())).dtype
         sides = [side.get_length() if side.is_static else None for side in images.partial_shape]
         self.takes = ImageSpec(dtype, tuple(sides))
@@ -125,7 +125,7 @@ class _Compiled:
         return torch.from_numpy(logits)
 
     def _compile(self, single: bool) -> Any:
-        model = self.core.read_model(self.path)
+        model = self.model.clone()
         if single:
             model.reshape([1, *self.takes.shape[1:]])
         return self.core.compile_model(model, "CPU", self.settings)
