@@ -38,7 +38,9 @@ from repnet.files import sha256, write_json
 from repnet.folding import reparameterize
 from repnet.spec import DATA_PACKAGES, build
 
-PROOF_SAMPLES = 8  # real images on which every block is compared in float64
+PROOF_SAMPLES = 4  # real images on which every block is compared in float64
+LATENCY_SECONDS = 3.0  # that slow networks are timed for, about; at least MIN_RUNS each
+MIN_RUNS = 10
 
 __all__ = ["Int8", "Settings", "VerificationError", "deploy"]
 
@@ -171,7 +173,7 @@ def _verify(
     with _timed(seconds, "latency"):
         batch = torch.zeros(settings.latency_batch, *data.input_shape, device=device) + example[:1]
         forms = {"train_form": train_form, "deploy_form": deploy_form}
-        latency = _latency(forms, exports, batch, settings)
+        latency, runs = _latency(forms, exports, batch, settings)
     report["latency_ms"] = {name: latency[name]["median"] for name in latency}
     on_gpu = {
         "train_form",
@@ -180,7 +182,7 @@ def _verify(
     }
     report["latency"] = {
         "batch": settings.latency_batch,
-        "runs": settings.latency_runs,
+        "runs": runs,
         "device": report["provenance"]["device"],
         "devices": {
             name: hardware(device if name in on_gpu else torch.device("cpu")) for name in latency
@@ -207,8 +209,8 @@ def _reloaded(folded: nn.Module, architecture: dict[str, Any], trust: Sequence[s
 
 def _latency(
     forms: dict[str, nn.Module], exports: Sequence[Export], batch: Tensor, settings: Settings
-) -> dict[str, dict[str, float]]:
-    """Return the latencies of both forms and all verified exports by name, taken in turns."""
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Return the latencies of both forms and all verified exports by name, and the runs of each."""
     subjects: dict[str, Callable[[Tensor], Any]] = dict(forms)
     images = batch.cpu()
     if settings.preprocess:
@@ -217,10 +219,14 @@ def _latency(
     for export in verified:
         assert export.runner is not None
         subjects[export.name] = partial(_call, export.runner, images)
-    times = measure_latency(subjects, batch, runs=settings.latency_runs)
+    measure_latency(subjects, batch, runs=1, warmup=1)
+    once = measure_latency(subjects, batch, runs=1, warmup=0)
+    round_trip = sum(spread["median"] for spread in once.values()) / 1e3
+    runs = min(settings.latency_runs, max(MIN_RUNS, int(LATENCY_SECONDS / round_trip)))
+    times = measure_latency(subjects, batch, runs=runs, warmup=min(10, runs // 2))
     for export in verified:
         export.latency = times[export.name]
-    return times
+    return times, runs
 
 
 def _call(runner: Callable[[Tensor], Tensor], images: Tensor, batch: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Settings:
         data: values of the checkpoint's data config to change, for instance `root`.
         tolerance: largest difference of the two forms' logits in the stored dtype, relative to the
             largest logit.
-        latency_runs: timed forward passes of each form.
+        latency_runs: timed forward passes of each form; fewer where they are slow.
         latency_batch: images of each.
         overwrite: replace what the directory holds.
         weights: "ema" or "raw" of a checkpoint that holds both; None for those that it validated.
