@@ -23,7 +23,7 @@ from repnet.errors import InputError
 from repnet.files import sha256
 
 if TYPE_CHECKING:
-    from repnet.deploy.int8 import Attempt, LayerSensitivity
+    from repnet.deploy.int8 import LayerSensitivity
 
 
 _PIXELS = 50_000_000  # values of a batch of images in their full size
