@@ -121,7 +121,7 @@ class _Compiled:
         with self.lock:
             if single not in self.compiled:
                 self.compiled[single] = self._compile(single)
-            (logits,) = self.compiled[single](array).values()
+            (logits,) = self.compiled[single](array, share_inputs=True).values()
         return torch.from_numpy(logits)
 
     def _compile(self, single: bool) -> Any:
