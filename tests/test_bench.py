@@ -384,6 +384,26 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
     worker.close()
 
 
+def test_a_process_that_dies_while_it_is_timed_loses_its_own_row_only(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn, turns = Worker.turn, 0
+
+    def dying(self: Worker, passes: int) -> tuple[list[float], float]:
+        nonlocal turns
+        turns += 1
+        if turns == 3:  # the second round begins with another form
+            self.process.kill()
+            self.process.join()
+        return turn(self, passes)
+
+    monkeypatch.setattr(Worker, "turn", dying)
+    rows = benchmark(subject, ["train", "deploy"], Options(batches=[1], runs=4))
+    lost, timed = sorted(rows, key=lambda row: row.median_ms is not None)
+    assert (lost.status, timed.status, timed.passes) == ("skipped", "timed", 4)
+    assert lost.reason == "its process ended by SIGKILL"
+
+
 def test_precisions_return_float32() -> None:
     model, images = tiny(), torch.randn(2, 3, 16, 16)
     seen: list[torch.Tensor] = []

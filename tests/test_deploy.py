@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,37 @@ def test_a_change_after_the_proof_is_refused(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["agreement"] < 1
     assert not any(sample["tie"] for sample in report["changed"])
+
+
+def test_what_is_evaluated_is_what_was_saved(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network whose saved weights do not make it again is refused, though its fold is right."""
+    import repnet.deploy.pipeline as pipeline
+
+    def forgetful(model: nn.Module, directory: Path, **entries: Any) -> None:
+        saved = deepcopy(model)
+        with torch.no_grad():
+            saved.head.bias[3] += 5  # type: ignore[index,operator,union-attr]
+        repnet.save_deployed(saved, directory, **entries)
+
+    monkeypatch.setattr(pipeline, "save_deployed", forgetful)
+    with pytest.raises(VerificationError, match="predictions changed"):
+        deploy(checkpoint, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "report.html"}
+
+
+def test_every_failure_of_several_deployments_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{name}.ckpt") for name in ("one", "two")]
+    for path in paths:
+        Path(path).write_bytes(b"no checkpoint")
+    jobs = ",".join([paths[0], str(checkpoint), paths[1]])
+    result = run("deploy.py", "-m", f"ckpt={jobs}", f"hydra.sweep.dir={tmp_path / 'out'}",
+                 cwd=tmp_path, code=2)  # fmt: skip
+    first, second = result.stderr.strip().splitlines()
+    assert first.startswith(f"error: ckpt={paths[0]}: ")
+    assert second.startswith(f"error: ckpt={paths[1]}: ")
+    assert (tmp_path / "out" / "1" / "model.safetensors").exists()
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

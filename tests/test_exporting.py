@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import repnet
@@ -258,6 +259,59 @@ def test_files_with_preprocessing_take_pixels(checkpoint: Path, tmp_path: Path) 
     assert model.input_is_uint8 is True
     expected = repnet.load_deployed(tmp_path / "out")(images())
     torch.testing.assert_close(model(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on an image folder, whose last test images are then damaged."""
+    directory = tmp_path_factory.mktemp("photographs")
+    for split, count in (("train", 8), ("val", 4), ("test", 6)):
+        for shade, name in enumerate(("cat", "dog")):
+            folder = directory / "images" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                color = (90 * shade + index, 50, 10 * index)
+                Image.new("RGB", (30 + index, 24), color).save(folder / f"{index}.png")
+    run("train.py", "data=imagefolder", f"data.root={directory / 'images'}", "data.image_size=16",
+        "data.batch_size=8", "data.num_workers=0", "trainer.max_epochs=1", "pictures=false",
+        "model.widths=[0.125,0.125,0.125,0.125]", f"hydra.run.dir={directory / 'run'}",
+        cwd=directory)  # fmt: skip
+    for name in ("4", "5"):
+        (directory / "images" / "test" / "dog" / f"{name}.png").write_bytes(b"damaged")
+    return directory
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_images_that_cannot_be_read_are_left_out_and_named(
+    photographs: Path, tmp_path: Path, preprocess: bool
+) -> None:
+    settings = Settings(
+        exports={"onnx": ["fp32"]},
+        preprocess=preprocess,
+        latency_runs=1,
+        data={"skip_corrupt": True, "batch_size": 5},
+    )
+    report = deploy(photographs / "run", tmp_path / "out", settings)
+    assert report["samples"] == report["exports"][0]["samples"] == 10
+    dogs = photographs / "images" / "test" / "dog"
+    assert report["unreadable"] == [str(dogs / "4.png"), str(dogs / "5.png")]
+    assert "2 more could not be" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_nothing_is_counted_twice(photographs: Path, tmp_path: Path) -> None:
+    settings = Settings(data={"skip_corrupt": True, "batch_size": 2})  # the last two are one batch
+    with pytest.raises(InputError, match=r"2 images of the test split.*4\.png.*data\.batch_size"):
+        deploy(photographs / "run", tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_preprocessing_that_cannot_be_exported_is_refused_at_once(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repnet.deploy.pipeline.evaluate", None)  # it does not come to that
+    settings = Settings(exports={"onnx": ["fp32"]}, preprocess=True, data={"resize": 12})
+    with pytest.raises(InputError, match=r"resize the shorter side to 12 pixels and crop 16 x 16"):
+        deploy(photographs / "run", tmp_path / "out", settings)
 
 
 def test_a_missing_extra_is_named_before_anything_is_done(

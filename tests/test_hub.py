@@ -22,6 +22,7 @@ from repnet.checkpoint import describe, save_checkpoint
 from repnet.data import Digits
 from repnet.deploy.pipeline import Settings, deploy
 from repnet.errors import InputError
+from repnet.files import sha256
 from repnet.hub import from_hub, pull, push_to_hub, write_model_card
 from repnet.hub.__main__ import main
 from tests.artefacts import write_artefact
@@ -155,6 +156,16 @@ def test_a_card_of_the_owner_is_kept(artefact: Path, tmp_path: Path) -> None:
     (artefact / "README.md").write_text("mine")
     push_to_hub(artefact, tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_a_card_of_another_artefact_is_not_pushed(artefact: Path, tmp_path: Path) -> None:
+    card = write_model_card(artefact)
+    push_to_hub(artefact, tmp_path / "right")
+    digest = sha256(artefact / "model.safetensors")
+    card.write_text(card.read_text().replace(digest, digest[::-1]))
+    with pytest.raises(InputError, match=r"lists another hash of 'model\.safetensors'.*hub card"):
+        push_to_hub(artefact, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def rewrite(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:

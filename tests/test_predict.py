@@ -91,6 +91,21 @@ def test_images_are_prepared_as_in_the_evaluation_of_a_folder(folder: Path, tmp_
     assert torch.equal(predictor.prepare(paths[0]), split.read(0))
 
 
+def test_large_photographs_are_decoded_as_in_evaluation(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        noise(400, 300).save(tmp_path / split / "a" / "large.jpg")
+    data = ImageFolder(str(tmp_path), image_size=16, decode_at=32)
+    data.setup()
+    assert data.splits is not None
+    write_artefact(tmp_path / "out", data.describe() | {"class_names": ["a", "b"]})
+    predictor = Predictor(tmp_path / "out")
+    path, expected = tmp_path / "val" / "a" / "large.jpg", data.splits[1][0][0]
+    assert_close(predictor.prepare(path), expected)
+    predictor.decode_at = None
+    assert (predictor.prepare(path) - expected).abs().max() > 0.01
+
+
 def test_images_in_memory_are_prepared_as_in_evaluation(tmp_path: Path) -> None:
     data = Digits()
     data.setup()
@@ -271,6 +286,15 @@ def test_json_and_csv_hold_the_same(artefact: Path, folder: Path, tmp_path: Path
             "image": entry["image"], "rank": str(rank + 1), "class": score["name"],
             "index": str(score["index"]), "probability": str(score["probability"]),
         }  # fmt: skip
+
+
+def test_an_image_that_is_named_twice_is_answered_twice(
+    artefact: Path, folder: Path, run: Run
+) -> None:
+    path = folder / "val" / "a" / "color.jpg"
+    code, output, _ = run(artefact, path, path, "--json", "-")
+    first, second = json.loads(output)["predictions"]
+    assert (code, first) == (0, second)
 
 
 def test_unreadable_images_are_named_and_the_rest_goes_on(

@@ -220,15 +220,22 @@ def _measure(
     cpu = dict.fromkeys(passes, 0.0)
 
     def turn(name: str, count: int) -> list[float]:
-        times, seconds = workers[name].turn(count)
+        if name not in workers:
+            return []
+        try:
+            times, seconds = workers[name].turn(count)
+        except WorkerError as error:
+            drop(name, str(error))
+            workers.pop(name).close()
+            return []
         cpu[name] += seconds
         return times
 
     turns: dict[str, Turn] = {name: partial(turn, name) for name in passes}
     for name, times in take_turns(turns, passes, rotate=True).items():
-        row = rows[name, batch]
-        row.memory_bytes = workers[name].memory()
-        _fill(row, times, cpu[name])
+        if name in workers:
+            rows[name, batch].memory_bytes = workers[name].memory()
+            _fill(rows[name, batch], times, cpu[name])
 
 
 def _images(subject: Subject) -> dict[bool, Tensor]:

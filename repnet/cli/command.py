@@ -9,11 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -33,38 +34,58 @@ def run(
     Exit codes: 0 done, 1 unexpected error, 2 bad input, 3 verification failed, 130 interrupted
     (Ctrl-C, SIGTERM or SIGUSR1).
 
+    A job of a multirun that fails lets the others run; then all failures are told, and the code is
+    that of the first.
+
     Args:
         config_name: of the file in `configs`.
         job: called with the config.
         explain: returns the message of an error that says too little itself, else None.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
-    errors: list[Exception] = []
+    process = os.getpid()
+    errors: list[tuple[str, Exception]] = []
 
     def guarded(cfg: DictConfig) -> Any:
         try:
             return job(cfg)
         except Exception as error:
-            errors.append(error)  # raised below, without what Hydra would print around it
+            if os.getpid() != process:
+                raise  # a launcher's worker: Hydra brings it to the process that sweeps
+            hydra_config = HydraConfig.get()
+            several = hydra_config.mode == RunMode.MULTIRUN
+            which = f"{' '.join(hydra_config.overrides.task)}: " if several else ""
+            errors.append((which, error))  # told below, without what Hydra would print around it
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
-        if errors:
-            raise errors[0]
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
-    except (HydraException, OmegaConfBaseException, InputError) as error:
-        _fail(message_of(error), BAD_INPUT)
-    except Exception as error:  # the last resort: say what is known, and do not pretend
-        if str(error).startswith("Config group override must be"):  # Hydra's answer to group=null
-            _fail("a group cannot be set to null: leave it out, or choose none", BAD_INPUT)
-        if message := explain(error):
-            _fail(message, 1)
-        code = exit_code(error)
-        if code is None:
-            traceback.print_exc()
-            _fail(f"unexpected {type(error).__name__}: {error}", 1)
-        _fail(str(error), code)
+        _tell("interrupted")
+        sys.exit(INTERRUPTED)
+    except Exception as failure:
+        errors.append(("", failure))
+    codes = []
+    for which, error in errors:
+        message, code = _explained(error, explain)
+        _tell(f"error: {which}{message}")
+        codes.append(code)
+    if codes:
+        sys.exit(codes[0])
+
+
+def _explained(error: Exception, explain: Callable[[Exception], str | None]) -> tuple[str, int]:
+    """Return a failure's message and exit code; show the trace of one that is not expected."""
+    if isinstance(error, HydraException | OmegaConfBaseException | InputError):
+        return message_of(error), BAD_INPUT
+    if str(error).startswith("Config group override must be"):  # Hydra's answer to group=null
+        return "a group cannot be set to null: leave it out, or choose none", BAD_INPUT
+    if message := explain(error):
+        return message, 1
+    code = exit_code(error)
+    if code is None:
+        traceback.print_exception(error)
+        return f"unexpected {type(error).__name__}: {error}", 1
+    return str(error), code
 
 
 def exit_code(error: Exception) -> int | None:
@@ -132,7 +153,6 @@ def quoted(value: Any) -> str:
     return f"'{escaped}'"
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _tell(message: str) -> None:
     sys.stdout.flush()
-    print(f"{'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    print(message, file=sys.stderr, flush=True)

@@ -131,6 +131,8 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
         f"predictions unchanged: {same:,} of {report['samples']:,}"
         + (f" ({ties} ties within rounding error, listed in the report)" if ties else "")
     )
+    if left_out := report["unreadable"]:
+        print(f"images that cannot be read, left out: {len(left_out):,} ('{left_out[0]}', ...)")
     print(
         f"largest relative error in float64: {report['max_relative_error']:.1e} over "
         f"{len(report['blocks'])} folded blocks"

@@ -108,10 +108,17 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader(split, batches, train=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation_loader(1)
+        return self.evaluation_dataloader(1)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation_loader(2)
+        return self.evaluation_dataloader(2)
+
+    def evaluation_dataloader(self, split: int) -> DataLoader[Any]:
+        """Return a loader without augmentation, in order: 1 for validation, 2 for test."""
+        images = self._split(split)
+        return self._loader(
+            images, EvaluationBatches(len(images), self.batch_size, **self._share())
+        )
 
     def calibration(self, count: int, seed: int = 0) -> tuple[Tensor, list[int]]:
         """Return training images as evaluation would see them, for statistics of activations.
@@ -136,6 +143,14 @@ class ImageDataModule(LightningDataModule, ABC):
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         return self._loader(split, batches), indices
 
+    def corrupt_images(self, split: int | None = None) -> list[str]:
+        """Return the names of the images that were skipped so far because they cannot be read.
+
+        Args:
+            split: 0 training, 1 validation, 2 test; None for all.
+        """
+        return []
+
     def _readable(self, split: Any, index: int) -> bool:
         """Return whether an image is one that `skip_corrupt` would not skip."""
         return True
@@ -145,10 +160,6 @@ class ImageDataModule(LightningDataModule, ABC):
         plain = copy.copy(split)
         plain.augment = ()
         return plain
-
-    def _evaluation_loader(self, index: int) -> DataLoader[Any]:
-        split = self._split(index)
-        return self._loader(split, EvaluationBatches(len(split), self.batch_size, **self._share()))
 
     def _share(self) -> dict[str, int]:
         if self.trainer is None:

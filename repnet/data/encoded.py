@@ -33,7 +33,8 @@ class EncodedImages(Dataset[Any], ABC):
         decode_at: as in `decode`.
         skip_corrupt: do without images that cannot be read, and note them in `corrupt`.
         full_batches: read the next image instead of a corrupt one, as training needs; otherwise
-            its place in the batch is left out, so that nothing is counted twice.
+            its place in the batch is left out, so that nothing is counted twice, unless the whole
+            batch is corrupt.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EncodedImages(Dataset[Any], ABC):
         self.decode_at = decode_at
         self.skip_corrupt = skip_corrupt
         self.full_batches = full_batches
+        self.left_out: list[str] = []  # names of images that are known to be corrupt, not counted
         # Which images were found to be corrupt, also by worker processes.
         self.corrupt = torch.zeros(len(labels) if skip_corrupt else 0, dtype=torch.bool)
         self.corrupt.share_memory_()
@@ -96,6 +98,10 @@ class EncodedImages(Dataset[Any], ABC):
         images = [(index, self._try(index)) for index in indices]
         kept = [self._sample(index, image) for index, image in images if image is not None]
         return kept or [self[indices[0]]]  # a batch cannot be empty
+
+    def corrupt_names(self) -> list[str]:
+        """Return the names of the images that were skipped so far."""
+        return self.left_out + [self.name(int(index)) for index in self.corrupt.nonzero().flatten()]
 
     def is_readable(self, index: int) -> bool:
         """Return whether the image can be read; needs `skip_corrupt`."""
@@ -157,7 +163,7 @@ class EncodedDataModule(ImageDataModule):
         self.input_shape = (3, image_size, image_size)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"resize": self.resize}
+        return super().describe() | {"resize": self.resize, "decode_at": self.decode_at}
 
     def setup(self, stage: str | None = None) -> None:
         fresh = self.splits is None
@@ -165,16 +171,10 @@ class EncodedDataModule(ImageDataModule):
         if fresh:
             self._check_shape()
 
-    def corrupt_images(self) -> list[str]:
-        """Return the names of the images that were skipped so far because they cannot be read."""
-        unique = {
-            id(split): split for split in self.splits or () if isinstance(split, EncodedImages)
-        }
-        return [
-            split.name(int(index))
-            for split in unique.values()
-            for index in split.corrupt.nonzero().flatten()
-        ]
+    def corrupt_images(self, split: int | None = None) -> list[str]:
+        splits = (self.splits or ()) if split is None else [self._split(split)]
+        unique = {id(images): images for images in splits if isinstance(images, EncodedImages)}
+        return [name for images in unique.values() for name in images.corrupt_names()]
 
     def reading(self, *, train: bool) -> dict[str, Any]:
         """Return the options of `EncodedImages` for a split that trains, or one that evaluates."""

@@ -32,17 +32,12 @@ class ImageFolder(EncodedDataModule):
     def __init__(self, root: str, **options: Any) -> None:
         super().__init__(**options)
         self.root = Path(root)
-        self.empty_files: list[str] = []
 
     def load(self) -> Splits:
-        self.empty_files = []
         train = self._open("train")
         val = self._open("val")
         test = self._open("test") if (self.root / "test").is_dir() else val
         return train, val, test
-
-    def corrupt_images(self) -> list[str]:
-        return self.empty_files + super().corrupt_images()
 
     def _open(self, split: str) -> FolderImages:
         listing = scan(self.root, split)
@@ -50,17 +45,17 @@ class ImageFolder(EncodedDataModule):
             self.class_names = listing.class_names
         else:
             check_classes(listing, self.class_names, self.root)
-        if listing.empty_files:
-            if not self.skip_corrupt:
-                raise InputError(
-                    f"{len(listing.empty_files)} images in '{listing.folder}' have no contents: "
-                    f"{_some(listing.empty_files)}; replace or remove them, or pass "
-                    "data.skip_corrupt=true to do without them"
-                )
-            self.empty_files += [str(listing.folder / name) for name in listing.empty_files]
-        return FolderImages(
+        if listing.empty_files and not self.skip_corrupt:
+            raise InputError(
+                f"{len(listing.empty_files)} images in '{listing.folder}' have no contents: "
+                f"{_some(listing.empty_files)}; replace or remove them, or pass "
+                "data.skip_corrupt=true to do without them"
+            )
+        images = FolderImages(
             listing.folder, listing.names, listing.labels, **self.reading(train=split == "train")
         )
+        images.left_out = [str(listing.folder / name) for name in listing.empty_files]
+        return images
 
 
 class FolderImages(EncodedImages):

@@ -18,6 +18,7 @@ from repnet.data import ImageDataModule
 from repnet.deploy.evaluation import Evaluation
 from repnet.deploy.formats import ExportError, Format, Runner, format_named
 from repnet.deploy.gate import Comparison, Gate, VerificationError
+from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.settings import Settings
 from repnet.errors import InputError
 from repnet.files import sha256
@@ -122,12 +123,8 @@ class Exporting:
         channels, height, width = data.input_shape
         self.example = torch.zeros(2, channels, height, width)
         if settings.preprocess:
-            from repnet.deploy.preprocess import Preprocessed
-
-            resize = getattr(data, "resize", None)
-            self.model = Preprocessed(
-                model, mean=data.mean, std=data.std, size=(height, width), resize=resize
-            ).eval()
+            self.model = preprocessed(model, data).eval()
+            resize = self.model.resize
             side = (resize, resize) if resize else (height, width)
             self.example = torch.zeros(2, channels, *side, dtype=torch.uint8)
         self.int8: dict[str, Any] | None = None  # of the report
@@ -229,18 +226,14 @@ class Exporting:
 
     def _images(self) -> Iterable[Tensor]:
         if not self.settings.preprocess:
-            loader = (
-                self.data.val_dataloader()
-                if self.settings.split == "val"
-                else self.data.test_dataloader()
-            )
+            loader = self.data.evaluation_dataloader(self.settings.split_index)
             return (batch[0] for batch in loader)
         return self._pixels()
 
     def _pixels(self) -> Iterator[Tensor]:
         """Yield batches of the images as they are stored; one by one where their sizes differ."""
         assert self.data.splits is not None
-        split: Any = self.data.splits[1 if self.settings.split == "val" else 2]
+        split: Any = self.data.splits[self.settings.split_index]
         corrupt = getattr(split, "corrupt", None)
         held: list[Tensor] = []
         for index in range(len(split)):

@@ -28,6 +28,7 @@ from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting
 from repnet.deploy.gate import VerificationError, judge
 from repnet.deploy.latency import measure_latency
+from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.report import write_html
 from repnet.deploy.settings import Int8, Settings
 from repnet.deploy.staging import Stage, check_target
@@ -78,6 +79,8 @@ def deploy(
     train_form = model_from(contents, path, trust=settings.trust).eval()
     input_shape = tuple((entry.get("data") or {}).get("input_shape") or ())
     data = _data(entry, settings, path, input_shape)
+    if settings.exports and settings.preprocess:
+        preprocessed(nn.Identity(), data)  # refused now, and not after the evaluation
     report: dict[str, Any] = {
         "verified": False,
         "refusal": None,
@@ -144,7 +147,7 @@ def _verify(
     """
     device = next(train_form.parameters()).device
     seconds = report["seconds"]
-    loader = data.val_dataloader() if settings.split == "val" else data.test_dataloader()
+    loader = data.evaluation_dataloader(settings.split_index)
     first = next(iter(loader), None)
     if first is None:
         raise InputError(f"the {settings.split} split is empty")
@@ -160,6 +163,7 @@ def _verify(
             train_form, deploy_form, _progress(loader, "evaluating both forms"), device
         )
     report |= findings.of_evaluation(evaluation, data)
+    report["unreadable"] = _unreadable(data, settings, evaluation.samples)
     judge(evaluation, settings.tolerance)
     exports: list[Export] = []
     if settings.exports:
@@ -198,6 +202,23 @@ def _verify(
     if refused:
         raise VerificationError(f"{refused[0].name}: {refused[0].reason}")
     return deploy_form
+
+
+def _unreadable(data: ImageDataModule, settings: Settings, samples: int) -> list[str]:
+    """Return the images that `skip_corrupt` left out.
+
+    Raises:
+        InputError: other images were counted twice in their place.
+    """
+    names = data.corrupt_images(settings.split_index)
+    assert data.splits is not None
+    split: Any = data.splits[settings.split_index]
+    if samples != len(split) - int(getattr(split, "corrupt", torch.zeros(0)).sum()):
+        raise InputError(
+            f"{len(names)} images of the {settings.split} split cannot be read, '{names[0]}' and "
+            "others, among them all of one batch; replace or remove them, or raise data.batch_size"
+        )
+    return names
 
 
 def _reloaded(folded: nn.Module, architecture: dict[str, Any], trust: Sequence[str]) -> nn.Module:

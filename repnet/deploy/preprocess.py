@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from repnet.data import ImageDataModule
 from repnet.errors import InputError
 
 
@@ -68,6 +69,25 @@ class Preprocessed(nn.Module):
         columns = _resizing(width, height, self.resize, self.size[1], images.device)
         wide = _whole(images.float() @ columns.mT)  # (batch, channels, height, size[1])
         return (_whole(rows @ wide) - 255 * self.mean) * (1 / (255 * self.std))
+
+
+def preprocessed(model: nn.Module, data: ImageDataModule) -> Preprocessed:
+    """Return a network that prepares images as a data set does for evaluation.
+
+    Raises:
+        InputError: the data set's rule cannot be part of a network, or it does not give its images
+            as they are stored.
+    """
+    assert data.splits is not None
+    for split in data.splits:
+        if not hasattr(split, "read"):
+            raise InputError(
+                f"export.preprocess=true needs the images as they are stored; the split "
+                f"'{type(split).__name__}' has no method read(index) that returns them"
+            )
+    height, width = data.input_shape[1:]
+    resize = getattr(data, "resize", None)
+    return Preprocessed(model, mean=data.mean, std=data.std, size=(height, width), resize=resize)
 
 
 def _resizing(length: int, other: int, resize: int, size: int, device: torch.device) -> Tensor:

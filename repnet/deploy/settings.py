@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from repnet.deploy.formats import format_named
@@ -73,6 +72,11 @@ class Settings:
     export_min_agreement: float = 0.98
     int8: Int8 = field(default_factory=Int8)
 
+    @property
+    def split_index(self) -> int:
+        """Its place among the splits of a data module."""
+        return {"val": 1, "test": 2}[self.split]
+
     def check(self) -> None:
         """Raise an `InputError` for a value that makes no sense or a package that is missing."""
         if self.split not in ("test", "val"):
@@ -116,13 +120,12 @@ def _check_export(name: str, precisions: Sequence[str]) -> None:
         raise InputError(
             f"export.{name}.precisions={precisions} must be a list of different precisions"
         )
-    known = (*chosen.precisions, "int8") if chosen.int8 else chosen.precisions
+    quantizable = chosen.int8_packages is not None
+    known = (*chosen.precisions, "int8") if quantizable else chosen.precisions
     for precision in precisions:
         if precision not in known:
             raise InputError(
                 f"export.{name}.precisions: '{precision}' is not one of {', '.join(known)}"
             )
     if chosen.skip_reason() is None:  # else there is nothing to install that would help
-        chosen.require()
-        if "int8" in precisions and name == "openvino" and find_spec("nncf") is None:
-            raise InputError('int8 for OpenVINO needs nncf: pip install "repnet[openvino]"')
+        chosen.require(int8="int8" in precisions)

@@ -43,6 +43,22 @@ def write_model_card(
     return directory / CARD
 
 
+def check_card(directory: Path, description: dict[str, Any]) -> None:
+    """Refuse a card whose table of hashes is that of another artefact.
+
+    Raises:
+        InputError: it is.
+    """
+    text = (directory / CARD).read_text(encoding="utf-8", errors="replace")
+    listed = re.findall(r"^\| (\S+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE)
+    for file, digest in listed:
+        if digest != description["hashes"].get(file):
+            raise InputError(
+                f"'{CARD}' describes another artefact (it lists another hash of '{file}'); write "
+                "it anew with python -m repnet.hub card, or remove it"
+            )
+
+
 def read_report(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Return `report.json` of an artefact.
 

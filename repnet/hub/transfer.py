@@ -21,7 +21,7 @@ from repnet.deploy.artifact import (
 )
 from repnet.deploy.staging import Stage
 from repnet.errors import InputError
-from repnet.hub.card import CARD, REPORT, read_report, write_model_card
+from repnet.hub.card import CARD, REPORT, check_card, read_report, write_model_card
 
 _TEXTS = (DESCRIPTION, REPORT, "report.html", CARD)
 
@@ -52,13 +52,16 @@ def push_to_hub(
         message: of the commit.
 
     Raises:
-        InputError: the artefact is not verified or was changed, or cannot be uploaded.
+        InputError: the artefact is not verified or was changed, its card is that of another one,
+            or it cannot be uploaded.
     """
     with tempfile.TemporaryDirectory() as temporary:
         # What was checked is what is uploaded, whatever happens in the directory meanwhile.
         copy = Path(temporary)
         _copy(Path(directory), copy)
-        if not (copy / CARD).exists():
+        if (copy / CARD).exists():
+            check_card(copy, read_description(copy))
+        else:
             write_model_card(copy, repo_id=str(repo_id), license=license)
         if (folder := _folder(repo_id)) is not None:
             _check_new(folder)

@@ -42,20 +42,20 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    for reason in unreadable.values():
+    for _, reason in unreadable:
         print(reason, file=sys.stderr)
     if unreadable:
         print(f"images that cannot be read: {len(unreadable):,}", file=sys.stderr)
         sys.exit(0 if arguments.skip_corrupt else 2)
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, str]:
-    """Predict, print and write; return why images could not be read, by path."""
+def _run(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Predict, print and write; return the images that could not be read, and why."""
     paths = find_images(arguments.images)
     predictor = Predictor(arguments.artefact, trust=arguments.trust, device=arguments.device)
     predictions, unreadable = _predict(predictor, paths, arguments.top, arguments.batch)
     if not predictions:
-        raise InputError(f"not one image can be read: {next(iter(unreadable.values()))}")
+        raise InputError(f"not one image can be read: {unreadable[0][1]}")
     if arguments.json:
         _write(arguments.json, _as_json(predictor, predictions, unreadable))
     if arguments.csv:
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _predict(
     predictor: Predictor, paths: Sequence[Path], top: int, batch_size: int
-) -> tuple[list[Prediction], dict[str, str]]:
+) -> tuple[list[Prediction], list[tuple[str, str]]]:
     def attempt(path: Path) -> Tensor | InputError:
         try:
             return predictor.prepare(path)
@@ -77,7 +77,7 @@ def _predict(
             return error
 
     predictions: list[Prediction] = []
-    unreadable: dict[str, str] = {}
+    unreadable: list[tuple[str, str]] = []
     # Standard output keeps the result; decoders release the interpreter's lock.
     console = Console(stderr=True)
     with (
@@ -87,26 +87,31 @@ def _predict(
         task = progress.add_task("classifying", total=len(paths))
         for start in range(0, len(paths), batch_size):
             chunk = paths[start : start + batch_size]
-            images: dict[str, Tensor] = {}
+            images: list[Tensor] = []
+            names: list[str] = []
             for path, image in zip(chunk, pool.map(attempt, chunk), strict=True):
+                name = printable(str(path))
                 if isinstance(image, Tensor):
-                    images[printable(str(path))] = image
+                    images.append(image)
+                    names.append(name)
                 else:
-                    unreadable[printable(str(path))] = str(image)
+                    unreadable.append((name, str(image)))
             if images:
-                predictions += predictor.classify(list(images.values()), list(images), top=top)
+                predictions += predictor.classify(images, names, top=top)
             progress.advance(task, len(chunk))
     return predictions, unreadable
 
 
 def _as_json(
-    predictor: Predictor, predictions: Sequence[Prediction], unreadable: dict[str, str]
+    predictor: Predictor,
+    predictions: Sequence[Prediction],
+    unreadable: Sequence[tuple[str, str]],
 ) -> str:
     contents = {
         "artefact": str(predictor.artefact),
         "preparation": predictor.rule,
         "predictions": [asdict(prediction) for prediction in predictions],
-        "unreadable": [{"image": name, "reason": why} for name, why in unreadable.items()],
+        "unreadable": [{"image": name, "reason": why} for name, why in unreadable],
     }
     return json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
 

@@ -73,8 +73,11 @@ class Predictor:
             data = self.description["data"]
             self.channels, *size = (int(length) for length in data["input_shape"])
             self.height, self.width = size
-            self.resize = None if data.get("resize") is None else int(data["resize"])
-            if min(self.channels, *size, 1 if self.resize is None else self.resize) < 1:
+            self.resize, self.decode_at = (
+                None if data.get(key) is None else int(data[key]) for key in ("resize", "decode_at")
+            )
+            known = [side for side in (self.resize, self.decode_at) if side is not None]
+            if min(self.channels, *size, *known) < 1:
                 raise ValueError("a length must be at least 1")
             self.mean, self.std = (
                 torch.tensor(data[key], dtype=torch.float32).reshape(self.channels, 1, 1)
@@ -142,7 +145,7 @@ class Predictor:
             InputError: it cannot be read.
         """
         try:
-            pixels = _with_channels(_read(image), self.channels)
+            pixels = _with_channels(_read(image, self.decode_at), self.channels)
         except (OSError, ValueError) as error:
             name = f" '{printable(str(image))}'" if isinstance(image, str | Path) else ""
             raise InputError(f"cannot read the image{name}: {error}") from error
@@ -214,8 +217,8 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _read(image: Source) -> Tensor:
-    """Return uint8 pixels `(channels, height, width)`."""
+def _read(image: Source, decode_at: int | None) -> Tensor:
+    """Return uint8 pixels `(channels, height, width)`; `decode_at` as in `decode`."""
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3 or image.numel() == 0:
             raise ValueError(
@@ -229,7 +232,8 @@ def _read(image: Source) -> Tensor:
         if "transparency" in image.info:  # of a palette: PIL warns of the direct way
             image = image.convert("RGBA")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+    contents = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return decode(contents, decode_at=decode_at)
 
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:

@@ -28,7 +28,8 @@ class Format(ABC):
         packages: modules that writing and running need.
         suffix: of the file; a companion file, if any, has the same stem.
         precisions: that it can be written in; the first is the default.
-        int8: whether `repnet.deploy.int8` can quantize its float32 file.
+        int8_packages: modules that `repnet.deploy.int8` needs in addition to quantize its float32
+            file; None where it cannot.
         native: whether the file is machine code, which no check makes safe.
     """
 
@@ -37,7 +38,7 @@ class Format(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     suffix: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
-    int8: ClassVar[bool] = False
+    int8_packages: ClassVar[tuple[str, ...] | None] = None
     native: ClassVar[bool] = False
 
     @abstractmethod
@@ -87,9 +88,10 @@ class Format(ABC):
         """Return the name of the file in an artefact's directory."""
         return f"model{'' if precision == 'fp32' else f'_{precision}'}{self.suffix}"
 
-    def require(self) -> None:
+    def require(self, *, int8: bool = False) -> None:
         """Raise an `InputError` that names the extra where a package is missing."""
-        missing = [name for name in self.packages if find_spec(name) is None]
+        needed = (*self.packages, *(self.int8_packages or ())) if int8 else self.packages
+        missing = [name for name in needed if find_spec(name) is None]
         if missing:
             raise InputError(
                 f'export={self.name} needs {", ".join(missing)}: pip install "repnet[{self.extra}]"'

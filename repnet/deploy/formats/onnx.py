@@ -39,7 +39,7 @@ class Onnx(Format):
     packages = ("onnx", "onnxruntime", "onnxscript", "onnxslim")
     suffix = ".onnx"
     precisions = ("fp32", "fp16")
-    int8 = True
+    int8_packages = ()
 
     def export(
         self,
@@ -82,8 +82,8 @@ class Onnx(Format):
 
         return run
 
-    def require(self) -> None:
-        super().require()
+    def require(self, *, int8: bool = False) -> None:
+        super().require(int8=int8)
         # Version 1.31 writes to the home directory when it is imported, and reports what it runs.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 

@@ -37,7 +37,7 @@ class OpenVino(Format):
     packages = ("openvino", "onnx", "onnxscript", "onnxslim")
     suffix = ".xml"
     precisions = ("fp32", "fp16", "bf16")
-    int8 = True
+    int8_packages = ("nncf",)
 
     def export(
         self,
@@ -81,8 +81,8 @@ class OpenVino(Format):
     def files(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
 
-    def require(self) -> None:
-        super().require()
+    def require(self, *, int8: bool = False) -> None:
+        super().require(int8=int8)
         # Importing openvino or nncf would write to the home directory and report it to Google. They
         # do without this package where it is missing.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

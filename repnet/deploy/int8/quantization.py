@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -47,9 +46,7 @@ def quantize(
         raise InputError("int8 needs images of the training data for its calibration; got none")
     if format_name not in ("openvino", "onnx"):
         raise InputError(f"int8 is for openvino and onnx, not for '{format_name}'")
-    format_named(format_name).require()
-    if format_name == "openvino" and find_spec("nncf") is None:
-        raise InputError('int8 for openvino needs nncf: pip install "repnet[openvino]"')
+    format_named(format_name).require(int8=True)
     if format_name == "openvino":
         from repnet.deploy.int8.openvino import quantize_openvino as run
     else:

@@ -135,6 +135,7 @@ def accuracy(report: Report) -> Report | None:
     return {
         "rows": rows,
         "samples": report.get("samples"),
+        "unreadable": len(report.get("unreadable") or ()),
         "max_drop": (report.get("int8") or {}).get("max_drop"),
     }
 
