@@ -289,7 +289,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(
         exports={"onnx": ["fp32"]},
         preprocess=preprocess,
         latency_runs=1,
-        data={"skip_corrupt": True, "batch_size": 5},
+        data={"skip_corrupt": True, "batch_size": 4},
     )
     report = deploy(photographs / "run", tmp_path / "out", settings)
     assert report["samples"] == report["exports"][0]["samples"] == 10
