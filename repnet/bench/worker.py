@@ -152,9 +152,10 @@ class _Held:
 
     def turn(self, passes: int) -> tuple[list[float], float]:
         time.sleep(SETTLE)
-        (first,) = time_passes(self.call, 1, device=self.device)
-        times = [first] if first > WAKE else []
         before = time.process_time()
+        times = time_passes(self.call, 1, device=self.device)
+        if times[0] <= WAKE:
+            before, times = time.process_time(), []
         times += time_passes(self.call, passes - len(times), device=self.device)
         return times, time.process_time() - before
 
