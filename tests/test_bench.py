@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from repnet.bench.table import (
     write_markdown,
     write_results,
 )
-from repnet.bench.worker import InPrecision, Worker, WorkerError, cores
+from repnet.bench.worker import InPrecision, Worker, WorkerError, _Held, cores
 from repnet.checkpoint import describe, save_checkpoint
 from repnet.deploy.formats.torch_export import TorchExport
 from repnet.deploy.latency import measure_latency, percentile, take_turns, time_passes
@@ -402,6 +403,19 @@ def test_a_process_that_dies_while_it_is_timed_loses_its_own_row_only(
     lost, timed = sorted(rows, key=lambda row: row.median_ms is not None)
     assert (lost.status, timed.status, timed.passes) == ("skipped", "timed", 4)
     assert lost.reason == "its process ended by SIGKILL"
+
+
+def test_the_only_pass_of_a_slow_turn_counts_with_its_cpu_time(tmp_path: Path) -> None:
+    def busy() -> None:
+        start = time.process_time()
+        while time.process_time() - start < 0.15:  # more than WAKE
+            pass
+
+    held = _Held(Recipe(tmp_path, "cpu", FORMS["deploy"]))
+    held.call = busy
+    times, seconds = held.turn(1)
+    assert len(times) == 1
+    assert seconds >= 0.15
 
 
 def test_precisions_return_float32() -> None:
