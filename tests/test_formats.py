@@ -224,6 +224,44 @@ def test_threads_share_a_file(name: str, files: dict[str, Path]) -> None:
             torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
+SIGNALS = """
+import gc, signal, subprocess, sys, threading
+from pathlib import Path
+import torch
+from repnet.deploy.formats import format_named
+from repnet.deploy.int8 import quantize
+
+path, images = Path(sys.argv[1]), torch.rand(8, 1, 32, 32)
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does for the processes of a data loader
+load = format_named("openvino").load
+
+def child():
+    subprocess.run(["true"])
+    gc.collect()
+
+first, second = load(path), load(path)
+del first; child()
+del second; child()  # its core puts back what the first one's was
+held = [load(path)]
+thread = threading.Thread(target=held.clear)
+thread.start(); thread.join(); child()
+model = load(path)
+quantize("openvino", path, Path("int8.xml"), images)
+del model; child()
+print("alive")
+"""
+
+
+def test_signals_do_no_harm_after_openvino_models_are_gone(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALS, str(files["openvino"])],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.stdout.endswith("alive\n"), (result.returncode, result.stderr)
+
+
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_damaged_files_are_an_export_error(name: str, tmp_path: Path) -> None:
     format = usable(name)

@@ -18,6 +18,7 @@ from repnet import __version__
 from repnet.deploy.formats.base import ExportError, Format, Runner
 from repnet.deploy.formats.onnx import check_float16, onnx_file
 from repnet.deploy.formats.torch_export import ImageSpec
+from repnet.deploy.signal_stack import signal_stack_kept
 
 # Without the hint, OpenVINO takes bfloat16 on every CPU that has it. The float layers of an int8
 # file are in float32, so that what its gate measures is the quantization.
@@ -128,7 +129,8 @@ class _Compiled:
         model = self.model.clone()
         if single:
             model.reshape([1, *self.takes.shape[1:]])
-        return self.core.compile_model(model, "CPU", self.settings)
+        with signal_stack_kept():
+            return self.core.compile_model(model, "CPU", self.settings)
 
 
 def _preprocessing(model: Any) -> set[str]:

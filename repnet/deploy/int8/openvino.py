@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from repnet.deploy.int8.graph import Graph, Kind, Node
+from repnet.deploy.signal_stack import signal_stack_kept
 
 _LAYERS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 _KINDS: dict[str, Kind] = {
@@ -46,7 +47,7 @@ def quantize_openvino(
     batch = model.input(0).get_partial_shape()[0]
     size = batch.get_length() if batch.is_static else 1
     batches = [part.numpy() for part in images.split(size) if len(part) == size]
-    with _quiet():
+    with _quiet(), signal_stack_kept():
         quantized = nncf.quantize(
             model,
             nncf.Dataset(batches),
