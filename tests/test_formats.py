@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import repnet
 from repnet.deploy.formats import FORMATS, ExportError, Format, format_named
+from repnet.deploy.int8 import quantize
 from repnet.errors import InputError
 from tests.commands import ROOT, environment
 from tests.models import randomize_batch_norm, relative_error
@@ -222,6 +223,18 @@ def test_threads_share_a_file(name: str, files: dict[str, Path]) -> None:
     with ThreadPoolExecutor(4) as threads:
         for actual, wanted in zip(threads.map(run, batches), expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+def test_int8_on_cpus_with_amx_sees_single_images_only(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, path = torch.rand(5, 1, 32, 32), tmp_path / "int8.xml"
+    quantize("openvino", files["openvino"], path, images)
+    expected = format_named("openvino").load(path, precision="int8")(images)
+    monkeypatch.setattr("repnet.deploy.formats.openvino.has_amx", lambda: True)
+    runner = format_named("openvino").load(path, precision="int8")
+    torch.testing.assert_close(runner(images), expected)
+    assert list(runner.compiled) == [True]  # type: ignore[attr-defined]
 
 
 SIGNALS = """

@@ -75,7 +75,7 @@ class OpenVino(Format):
     def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> Runner:
         self.require()
         try:
-            return _Compiled(path, _HINTS[precision])
+            return _Compiled(path, precision)
         except Exception as error:  # a file may be damaged in many ways
             raise ExportError(f"OpenVINO cannot load '{path}': {_reason(error)}") from error
 
@@ -96,13 +96,13 @@ class _Compiled:
     width are free as well, there is only the one compilation.
     """
 
-    def __init__(self, path: Path, hint: str) -> None:
+    def __init__(self, path: Path, precision: str) -> None:
         import openvino
 
         self.core = openvino.Core()
         self.model = self.core.read_model(path)  # once: the file may be replaced later
         self.settings = {
-            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             # Processes beside each other would be pinned to the same cores.
@@ -113,17 +113,24 @@ class _Compiled:
         sides = [side.get_length() if side.is_static else None for side in images.partial_shape]
         self.takes = ImageSpec(dtype, tuple(sides))
         self.has_single = sides[0] is None and None not in sides[1:]
+        # OpenVINO 2026.1 to 2026.3 at least crash there with a free batch size (its issue 37577).
+        self.one_by_one = self.has_single and precision == "int8" and has_amx()
         self.compiled = {self.has_single: self._compile(self.has_single)}
         self.lock = threading.Lock()  # a compiled model runs one request at a time
 
     def __call__(self, images: Tensor) -> Tensor:
         array = self.takes.check(images.detach().cpu()).numpy()
-        single = self.has_single and len(array) == 1
+        parts = np.split(array, len(array)) if self.one_by_one else [array]
         with self.lock:
-            if single not in self.compiled:
-                self.compiled[single] = self._compile(single)
-            (logits,) = self.compiled[single](array, share_inputs=True).values()
-        return torch.from_numpy(logits)
+            return torch.from_numpy(np.concatenate([self._run(part) for part in parts]))
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        single = self.has_single and len(images) == 1
+        if single not in self.compiled:
+            self.compiled[single] = self._compile(single)
+        logits: np.ndarray
+        (logits,) = self.compiled[single](images).values()
+        return logits
 
     def _compile(self, single: bool) -> Any:
         model = self.model.clone()
@@ -131,6 +138,12 @@ class _Compiled:
             model.reshape([1, *self.takes.shape[1:]])
         with signal_stack_kept():
             return self.core.compile_model(model, "CPU", self.settings)
+
+
+def has_amx() -> bool:
+    """Return whether the CPU has matrix instructions for int8."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "amx_int8" in flags.read_text()
 
 
 def _preprocessing(model: Any) -> set[str]:
