@@ -108,6 +108,7 @@ def _complete() -> dict[str, Any]:
         "blocks": blocks,
         "tolerance": dict(zip(("block", "output"), TOLERANCES[torch.float64], strict=True)),
         "samples": evaluation.samples,
+        "unreadable": ["test/dog/4.png"],
         "agreement": evaluation.agreement,
         "metrics": evaluation.metrics,
         "logit_difference": evaluation.relative_difference,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from repnet.data import ImageDataModule
 from repnet.errors import InputError
+
+if TYPE_CHECKING:
+    from repnet.data import ImageDataModule
 
 
 class Preprocessed(nn.Module):
