@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import settings
@@ -13,6 +16,14 @@ settings.load_profile("laws")
 # The tensors are small, and pytest's workers share the cores: on 2 cores, 2 workers with 2 threads
 # each took 60 s for test_kernel.py, and 10 to 16 s with 1 thread each (other jobs were running).
 torch.set_num_threads(1)
+
+
+with suppress(ImportError):  # comes with TensorBoard
+    from absl import logging
+
+    # Hydra, when it configures logging, closes all handlers. This one would close the stream to
+    # which it writes, pytest's, unless it is the standard error of the process.
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True)
