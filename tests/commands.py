@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,15 +26,32 @@ def run(
     script: str, *arguments: str | Path, cwd: Path, code: int = 0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `python SCRIPT ARGUMENTS` in `cwd` and check its exit code."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == code, (
-        f"exit code {result.returncode}, not {code}\n{result.stdout}\n{result.stderr}"
-    )
-    return result
+    command = [str(ROOT / script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as output:
+        request = {"script": command[0], "arguments": command[1:], "directory": str(cwd),
+                   "variables": environment(**variables), "output": output}  # fmt: skip
+        process = _warm()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps(request), file=process.stdin, flush=True)
+        ended = int(process.stdout.readline())
+        texts = [(Path(output) / name).read_text() for name in ("stdout", "stderr")]
+    assert ended == code, f"exit code {ended}, not {code}\n{texts[0]}\n{texts[1]}"
+    return subprocess.CompletedProcess(command, ended, *texts)
+
+
+@cache
+def _warm() -> subprocess.Popen[str]:
+    """Return a process that runs commands in its forks."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "warm.py")],
+        env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+    def end() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+    atexit.register(end)
+    return process
