@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TINY = ["data=fake", "data.train_size=32", "data.batch_size=16", "data.image_size=16",
-        "trainer.max_epochs=1", "trainer.accelerator=cpu"]  # fmt: skip
+        "trainer.max_epochs=1", "trainer.accelerator=cpu", "pictures=false"]  # fmt: skip
 
 
 def environment(**variables: str) -> dict[str, str]:

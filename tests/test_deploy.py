@@ -27,7 +27,8 @@ from tests.commands import environment, run
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("deploy") / "run"
-    run("train.py", f"hydra.run.dir={directory}", "trainer.max_epochs=2", cwd=directory.parent)
+    run("train.py", f"hydra.run.dir={directory}", "trainer.max_epochs=2", "pictures=false",
+        cwd=directory.parent)  # fmt: skip
     return directory
 
 

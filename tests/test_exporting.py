@@ -33,7 +33,7 @@ COARSE = Gate(tolerance=float("inf"), max_drop=0.1, min_agreement=0.5)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("exporting") / "run"
-    run("train.py", f"hydra.run.dir={directory}", "trainer.max_epochs=4",
+    run("train.py", f"hydra.run.dir={directory}", "trainer.max_epochs=4", "pictures=false",
         "model.widths=[0.25,0.25,0.25,0.25]", cwd=directory.parent)  # fmt: skip
     return directory / "checkpoints" / "best.ckpt"
 

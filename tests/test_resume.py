@@ -109,7 +109,8 @@ with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         kills[name] = killed(config, Path(f"{name}_killed"), times)
 print(json.dumps(kills))
 """
-SHORT = ["trainer.max_epochs=2", "trainer.accelerator=cpu", "data.batch_size=64"]
+SHORT = ["trainer.max_epochs=2", "trainer.accelerator=cpu", "data.batch_size=64",
+         "model.widths=[0.125,0.125,0.125,0.125]", "pictures=false"]  # fmt: skip
 # How often it is killed (None: never), whether it has dropout, overrides.
 CASES: dict[str, tuple[int | None, bool, list[str]]] = {
     "plain": (3, False, [*SHORT, "checkpoint.every_n_steps=3"]),

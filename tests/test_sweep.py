@@ -27,7 +27,7 @@ from tests.commands import ROOT, environment, run
 
 SMALL = ["data=digits", "augment=none", "model.widths=[0.125,0.125,0.125,0.125]", "block=plain",
          "trainer.max_epochs=1", "trainer.accelerator=cpu", "+trainer.limit_train_batches=4",
-         "hydra.sweep.dir=sweep"]  # fmt: skip
+         "hydra.sweep.dir=sweep", "pictures=false"]  # fmt: skip
 
 
 def table(directory: Path, name: str = "sweep.csv") -> list[dict[str, str]]:

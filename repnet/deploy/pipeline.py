@@ -213,7 +213,7 @@ def _unreadable(data: ImageDataModule, settings: Settings, samples: int) -> list
     names = data.corrupt_images(settings.split_index)
     assert data.splits is not None
     split: Any = data.splits[settings.split_index]
-    if samples != len(split) - int(getattr(split, "corrupt", torch.zeros(0)).sum()):
+    if names and samples != len(split) - int(getattr(split, "corrupt", torch.zeros(0)).sum()):
         raise InputError(
             f"{len(names)} images of the {settings.split} split cannot be read, '{names[0]}' and "
             "others, among them all of one batch; replace or remove them, or raise data.batch_size"
