@@ -34,7 +34,9 @@ def run(
         assert process.stdin is not None
         assert process.stdout is not None
         print(json.dumps(request), file=process.stdin, flush=True)
-        ended = int(process.stdout.readline())
+        answer = process.stdout.readline()
+        assert answer, f"the warm process ended with {process.wait()}"
+        ended = int(answer)
         texts = [(Path(output) / name).read_text() for name in ("stdout", "stderr")]
     assert ended == code, f"exit code {ended}, not {code}\n{texts[0]}\n{texts[1]}"
     return subprocess.CompletedProcess(command, ended, *texts)

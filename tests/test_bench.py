@@ -405,6 +405,24 @@ def test_a_process_that_dies_while_it_is_timed_loses_its_own_row_only(
     assert lost.reason == "its process ended by SIGKILL"
 
 
+def test_a_process_that_dies_after_it_was_timed_loses_its_own_row_only(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, deaths = Worker.memory, 1
+
+    def dying(self: Worker) -> int | None:
+        nonlocal deaths
+        if deaths:
+            deaths -= 1
+            self.process.kill()
+            self.process.join()
+        return memory(self)
+
+    monkeypatch.setattr(Worker, "memory", dying)
+    rows = benchmark(subject, ["train", "deploy"], Options(batches=[1], runs=2))
+    assert sorted(row.status for row in rows) == ["skipped", "timed"]
+
+
 def test_the_only_pass_of_a_slow_turn_counts_with_its_cpu_time(tmp_path: Path) -> None:
     def busy() -> None:
         start = time.process_time()

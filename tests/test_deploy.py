@@ -214,6 +214,43 @@ def test_every_failure_of_several_deployments_is_told(checkpoint: Path, tmp_path
     assert (tmp_path / "out" / "1" / "model.safetensors").exists()
 
 
+INTERRUPTED = """
+from repnet.cli import command
+from repnet.errors import InputError
+
+def job(cfg):
+    if cfg.ckpt == "b":
+        raise KeyboardInterrupt
+    raise InputError("no good")
+
+if __name__ == "__main__":
+    from omegaconf import OmegaConf
+    OmegaConf.register_new_resolver("repnet.deploy_directory", lambda checkpoint: "out")
+    command.run("deploy", job)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "errors"),
+    [
+        (["ckpt=a,b"], 130, ["error: ckpt=a: no good", "interrupted"]),
+        (["ckpt=a,c", "hydra/launcher=joblib"], 2,
+         ["error: ckpt=a: no good", "error: ckpt=c: no good"]),
+    ],
+)  # fmt: skip
+def test_failures_are_told_once_whatever_else_happens(
+    tmp_path: Path, arguments: list[str], code: int, errors: list[str]
+) -> None:
+    if "hydra/launcher=joblib" in arguments:
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    script = tmp_path / "job.py"
+    script.write_text(INTERRUPTED)
+    sweep = f"hydra.sweep.dir={tmp_path / 'out'}"
+    result = run(str(script), "-m", *arguments, sweep, cwd=tmp_path, code=code)
+    told = [line for line in result.stderr.splitlines() if line.startswith(("error", "inter"))]
+    assert sorted(told) == errors
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     contents = torch.load(path, weights_only=True)
     change(contents)

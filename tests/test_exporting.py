@@ -24,6 +24,7 @@ from repnet.deploy.formats.onnx import Onnx
 from repnet.deploy.gate import Comparison, Gate, VerificationError
 from repnet.deploy.pipeline import Int8, Settings, deploy
 from repnet.errors import InputError
+from repnet.predict import Predictor
 from tests.commands import environment, run
 
 EXACT = Gate(tolerance=1e-3, max_drop=0, min_agreement=1)
@@ -296,6 +297,23 @@ def test_images_that_cannot_be_read_are_left_out_and_named(
     dogs = photographs / "images" / "test" / "dog"
     assert report["unreadable"] == [str(dogs / "4.png"), str(dogs / "5.png")]
     assert "2 more could not be" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_images_are_prepared_by_the_rule_of_the_deployment(
+    photographs: Path, tmp_path: Path
+) -> None:
+    settings = Settings(
+        exports={"onnx": ["fp32"]},
+        preprocess=True,
+        latency_runs=1,
+        data={"resize": 20, "skip_corrupt": True, "batch_size": 4},
+    )
+    deploy(photographs / "run", tmp_path / "out", settings)
+    pixels = torch.randint(256, (3, 40, 31), dtype=torch.uint8)
+    a, b = (Predictor(tmp_path / "out" / file) for file in ("model.safetensors", "model.onnx"))
+    assert a.resize == b.resize == 20
+    one, other = (p.predict([pixels])[0].scores[0].probability for p in (a, b))
+    assert one == pytest.approx(other, abs=1e-6)
 
 
 def test_nothing_is_counted_twice(photographs: Path, tmp_path: Path) -> None:

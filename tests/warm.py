@@ -18,6 +18,9 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+import numpy
+import torch
+
 TIMEOUT = 300  # seconds
 
 
@@ -49,12 +52,16 @@ def become(
     os.environ.update(variables)
     sys.path[:1] = [str(Path(script).parent), *variables["PYTHONPATH"].split(os.pathsep)]
     sys.argv = [script, *arguments]
+    torch.seed()  # anew, as in every process
+    numpy.random.seed()  # noqa: NPY002
     code = 1
     try:
         runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:  # as at the end of an interpreter

@@ -225,17 +225,24 @@ def _measure(
         try:
             times, seconds = workers[name].turn(count)
         except WorkerError as error:
-            drop(name, str(error))
-            workers.pop(name).close()
+            lose(name, error)
             return []
         cpu[name] += seconds
         return times
 
+    def lose(name: str, error: WorkerError) -> None:
+        drop(name, str(error))
+        workers.pop(name).close()
+
     turns: dict[str, Turn] = {name: partial(turn, name) for name in passes}
     for name, times in take_turns(turns, passes, rotate=True).items():
         if name in workers:
-            rows[name, batch].memory_bytes = workers[name].memory()
-            _fill(rows[name, batch], times, cpu[name])
+            try:
+                rows[name, batch].memory_bytes = workers[name].memory()
+            except WorkerError as error:
+                lose(name, error)
+            else:
+                _fill(rows[name, batch], times, cpu[name])
 
 
 def _images(subject: Subject) -> dict[bool, Tensor]:

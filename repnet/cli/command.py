@@ -50,25 +50,31 @@ def run(
         try:
             return job(cfg)
         except Exception as error:
-            if os.getpid() != process:
-                raise  # a launcher's worker: Hydra brings it to the process that sweeps
             hydra_config = HydraConfig.get()
             several = hydra_config.mode == RunMode.MULTIRUN
             which = f"{' '.join(hydra_config.overrides.task)}: " if several else ""
+            if os.getpid() != process:  # a launcher's worker
+                _tell(f"error: {which}{_explained(error, explain)[0]}")
+                error.was_told = True  # type: ignore[attr-defined]
+                raise  # Hydra brings the first one to the process that sweeps
             errors.append((which, error))  # told below, without what Hydra would print around it
 
+    interrupted = False
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     except KeyboardInterrupt:
-        _tell("interrupted")
-        sys.exit(INTERRUPTED)
+        interrupted = True
     except Exception as failure:
         errors.append(("", failure))
     codes = []
     for which, error in errors:
         message, code = _explained(error, explain)
-        _tell(f"error: {which}{message}")
         codes.append(code)
+        if not hasattr(error, "was_told"):
+            _tell(f"error: {which}{message}")
+    if interrupted:
+        _tell("interrupted")
+        sys.exit(INTERRUPTED)
     if codes:
         sys.exit(codes[0])
 

@@ -112,7 +112,7 @@ def deploy(
                 deploy_form,
                 stage.path,
                 architecture=entry["config"]["model"],
-                data=entry["data"],
+                data=data.describe(),  # by which it was evaluated, not the checkpoint's
                 provenance=report["provenance"],
                 equivalence={
                     key: report[key]

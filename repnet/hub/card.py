@@ -50,9 +50,9 @@ def check_card(directory: Path, description: dict[str, Any]) -> None:
         InputError: it is.
     """
     text = (directory / CARD).read_text(encoding="utf-8", errors="replace")
-    listed = re.findall(r"^\| (\S+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE)
-    for file, digest in listed:
-        if digest != description["hashes"].get(file):
+    row = r"^\s*\|\s*(\S+)\s*\|\s*`?([0-9a-f]{64})`?\s*\|\s*$"
+    for file, digest in re.findall(row, text, re.MULTILINE | re.IGNORECASE):
+        if digest.lower() != description["hashes"].get(file, digest.lower()):
             raise InputError(
                 f"'{CARD}' describes another artefact (it lists another hash of '{file}'); write "
                 "it anew with python -m repnet.hub card, or remove it"

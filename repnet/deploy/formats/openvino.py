@@ -120,7 +120,7 @@ class _Compiled:
 
     def __call__(self, images: Tensor) -> Tensor:
         array = self.takes.check(images.detach().cpu()).numpy()
-        parts = np.split(array, len(array)) if self.one_by_one else [array]
+        parts = np.split(array, len(array)) if self.one_by_one and len(array) else [array]
         with self.lock:
             return torch.from_numpy(np.concatenate([self._run(part) for part in parts]))
 
