@@ -26,6 +26,16 @@ with suppress(ImportError):  # comes with TensorBoard
     logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
+# Files of few, long tests go first: at the end, one worker would be alone with them.
+LONG = ["test_train.py", "test_sweep.py", "test_bench.py", "test_exporting.py", "test_int8.py",
+        "test_ddp.py", "test_resume.py", "test_deploy.py", "test_formats_torch.py",
+        "test_experiments.py", "test_formats.py", "test_wheel.py"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
