@@ -17,6 +17,11 @@ settings.load_profile("laws")
 # each took 60 s for test_kernel.py, and 10 to 16 s with 1 thread each (other jobs were running).
 torch.set_num_threads(1)
 
+# Where there is no GPU, fake tensors (of torch.export, of tracing) come with a fake one, for which
+# the first backward pass starts threads. Tests that fork and train would then fail, so that pass
+# is run now.
+torch.ones(1, requires_grad=True).backward()
+
 
 with suppress(ImportError):  # comes with TensorBoard
     from absl import logging
