@@ -48,6 +48,10 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
         torch.save(create_model("repvgg_a0").state_dict(), tmp_path / "published.pth")
         overrides.append(f"pretrained={tmp_path / 'published.pth'}")
+    else:
+        model = composed(name)["model"]
+        small = {"depths": [1] * len(model["depths"]), "widths": [0.25] * 4}
+        overrides += [f"model.{key}={value}" for key, value in small.items() if key in model]
     result = train(composed(name, *overrides), tmp_path / "run")
     assert result["steps"] == 2
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
