@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repnet.data import ImageFolder
+from repnet.data import FakeImages, ImageFolder
 from repnet.data.base import TensorImages
 from repnet.data.encoded import IMAGENET_MEAN, IMAGENET_STD
 from repnet.deploy.formats import format_named
-from repnet.deploy.preprocess import Preprocessed
+from repnet.deploy.preprocess import Preprocessed, preprocessed
 from repnet.errors import InputError
 
 SIZES = [(375, 500), (500, 333), (80, 100), (256, 256), (231, 257), (64, 900), (721, 1081)]
@@ -62,6 +62,17 @@ def data_options(data: ImageFolder) -> dict[str, object]:
 def test_a_crop_beyond_the_image_is_refused() -> None:
     with pytest.raises(InputError, match="data.resize of at least 224"):
         Preprocessed(nn.Identity(), mean=[0.5], std=[0.5], size=(224, 224), resize=200)
+
+
+def test_a_split_that_does_not_give_its_pixels_is_refused() -> None:
+    data = FakeImages(image_size=8)
+    data.setup()
+    assert preprocessed(nn.Identity(), data).size == (8, 8)
+    assert data.splits is not None
+    train, val, test = data.splits
+    data.splits = (train, [val[0]], test)  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"'list' has no method read\(index\)"):
+        preprocessed(nn.Identity(), data)
 
 
 def pixels(resize: int | None) -> Preprocessed:
