@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._export.serde.schema import SCHEMA_VERSION
 
 import repnet
 from repnet.deploy.formats import ExportError, Format, format_named
@@ -474,6 +476,56 @@ def test_a_file_beside_the_archive_is_refused(pt2: Path, tmp_path: Path) -> None
         archive.writestr("version", "8.0")  # makes torch read the file by its older rules
     with pytest.raises(ExportError, match="is not a file of torch.export"):
         format_named("torch_export").load(path)
+
+
+def test_what_another_reader_finds_in_the_file_is_not_run(
+    pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt2"
+    rewrite(pt2, path, lambda records: records)
+    with zipfile.ZipFile(path) as archive:
+        program = archive.read("model/models/model.json")
+    names = ("state_dict", "constants", "example_inputs")
+    old = {
+        "version": ".".join(map(str, SCHEMA_VERSION)).encode(),
+        "serialized_exported_program.json": program,
+        **{f"serialized_{name}.pt": pickle.dumps(Payload()) for name in names},
+    }
+    path.write_bytes(in_two_ways(path.read_bytes(), old))
+    with pytest.raises(ExportError, match="model.pt2' cannot be loaded"):
+        format_named("torch_export").load(path)
+    assert not Path("executed").exists()
+    code = "import torch\ntry: torch.export.load('model.pt2')\nexcept Exception: pass"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=True)
+    assert Path("executed").exists()  # torch itself would have run it
+
+
+def in_two_ways(whole: bytes, hidden: Records, size: int = 20_000) -> bytes:
+    """Return an archive of which torch finds the list at the place that the end of the file names.
+
+    The first record there is damaged. Python takes the list right before the end, that of `hidden`,
+    and all positions to be shifted by the distance of both lists.
+    """
+    count, _, start, _ = struct.unpack("<HIIH", whole[-12:])
+    body = bytes([whole[0] ^ 1]) + whole[1:start]
+    buffer = io.BytesIO(bytes(len(body) - size))
+    buffer.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, contents in hidden.items():
+            archive.writestr(name, contents)
+        end = archive.start_dir
+    added = buffer.getvalue()[len(body) - size :]
+    split = end - (len(body) - size)
+    lists = []
+    for listed in (whole[start:-22], added[split:-22]):  # as long as each other, by a comment
+        last, comment = listed.rindex(b"PK\1\2"), size - len(listed)
+        lists.append(
+            listed[: last + 32] + struct.pack("<H", comment) + listed[last + 34 :] + bytes(comment)
+        )
+    position = len(body) + split
+    ending = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, position, 0)
+    return body + added[:split] + b"".join(lists) + ending
 
 
 def rewrite(source: Path, target: Path, change: Callable[[Records], Records]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.export.pt2_archive._package import load_pt2
 
 from repnet.deploy.formats.base import ExportError, Format, Runner
 from repnet.deploy.preprocess import Preprocessed
@@ -28,6 +30,8 @@ class TorchExport(Format):
 
     Such a file may hold pickles, Python expressions and native libraries, all of which
     `torch.export.load` executes. `load` refuses a file with any of them; `export` writes none.
+    Where torch cannot read a file, `torch.export.load` tries it as one of an older kind, made of
+    pickles. `load` does not.
     """
 
     name = "torch_export"
@@ -49,9 +53,13 @@ class TorchExport(Format):
         torch.export.save(program, path, extra_files=files)
 
     def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> Runner:
-        refuse_code(path)
+        contents = path.read_bytes()  # once: what is checked is what is loaded
         try:
-            program = torch.export.load(path)
+            refuse_code(contents)
+        except ExportError as error:
+            raise ExportError(f"'{path}' {error}") from error
+        try:
+            program = load_pt2(io.BytesIO(contents)).exported_programs["model"]
             if device != "cpu":
                 program = move_to_device_pass(program, device)
             takes = ImageSpec.of(program)
@@ -222,21 +230,21 @@ _FUNCTIONS = {
 }  # fmt: skip
 
 
-def refuse_code(path: Path) -> None:
-    """Refuse a `.pt2` file that could execute code when it is loaded.
+def refuse_code(contents: bytes) -> None:
+    """Refuse the contents of a `.pt2` file that could execute code when they are loaded.
 
     Raises:
         ExportError: it holds pickles, libraries, operators or expressions that `TorchExport` does
             not write, or is no such file.
     """
     try:
-        reasons = list(_code_in(torch._C.PyTorchFileReader(str(path))))
+        reasons = list(_code_in(torch._C.PyTorchFileReader(io.BytesIO(contents))))
     except Exception as error:  # anything may be in the file
-        raise ExportError(f"'{path}' is not a file of torch.export: {error}") from error
+        raise ExportError(f"is not a file of torch.export: {error}") from error
     if reasons:
         raise ExportError(
-            f"'{path}' could run code when it is loaded, and repnet does not write such files: it "
-            f"holds {reasons[0]}"
+            "could run code when it is loaded, and repnet does not write such files: it holds "
+            f"{reasons[0]}"
         )
 
 
