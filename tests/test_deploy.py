@@ -221,7 +221,7 @@ from repnet.errors import InputError
 def job(cfg):
     if cfg.ckpt == "b":
         raise KeyboardInterrupt
-    raise InputError("no good")
+    raise RuntimeError("broken") if cfg.ckpt == "d" else InputError("no good")
 
 if __name__ == "__main__":
     from omegaconf import OmegaConf
@@ -234,6 +234,8 @@ if __name__ == "__main__":
     ("arguments", "code", "errors"),
     [
         (["ckpt=a,b"], 130, ["error: ckpt=a: no good", "interrupted"]),
+        (["ckpt=a,d"], 2,
+         ["error: ckpt=a: no good", "error: ckpt=d: unexpected RuntimeError: broken"]),
         (["ckpt=a,c", "hydra/launcher=joblib"], 2,
          ["error: ckpt=a: no good", "error: ckpt=c: no good"]),
     ],

@@ -21,8 +21,10 @@ import repnet
 from repnet.data import Digits
 from repnet.deploy.formats import ExportError
 from repnet.deploy.formats.onnx import Onnx
+from repnet.deploy.formats.openvino import OpenVino
 from repnet.deploy.gate import Comparison, Gate, VerificationError
 from repnet.deploy.pipeline import Int8, Settings, deploy
+from repnet.deploy.report import write_html
 from repnet.errors import InputError
 from repnet.predict import Predictor
 from tests.commands import environment, run
@@ -158,6 +160,26 @@ def test_weights_changed_after_the_export_are_caught(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["exports"][0]["status"] == "refused"
     assert report["verified"] is False
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("batch_size", "wrong", "how"), [(64, 1, "alone"), (1, 2, "twice")])
+def test_a_file_that_is_wrong_for_another_batch_size_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    batch_size: int, wrong: int, how: str, precision: str,
+) -> None:  # fmt: skip
+    load = OpenVino.load
+
+    def load_wrong(self: OpenVino, path: Path, **options: Any) -> Any:
+        runner = load(self, path, **options)
+        return lambda images: runner(images) * (len(images) != wrong)
+
+    monkeypatch.setattr(OpenVino, "load", load_wrong)
+    settings = Settings(
+        exports={"openvino": [precision]}, data={"batch_size": batch_size}, latency_runs=1
+    )
+    with pytest.raises(VerificationError, match=f"openvino {precision}: .* where it comes {how}"):
+        deploy(checkpoint, tmp_path / "out", settings)
 
 
 def test_one_export_that_cannot_be_made_does_not_stop_the_others(
@@ -383,6 +405,21 @@ def test_what_lies_in_the_way_of_a_refusal_is_kept(checkpoint: Path, tmp_path: P
         deploy(checkpoint, tmp_path / "out", dataclasses.replace(settings, tolerance=0))
     assert (tmp_path / "out.refused" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "out.refused.2" / "report.json").exists()
+
+
+def test_an_artefact_that_came_meanwhile_is_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(report: dict[str, Any], path: Path) -> None:
+        write_html(report, path)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.json").write_text("another")
+
+    monkeypatch.setattr("repnet.deploy.pipeline.write_html", another)
+    with pytest.raises(InputError, match=r"out' was filled .* model is in '.*out\.2'"):
+        deploy(checkpoint, tmp_path / "out", Settings(latency_runs=1))
+    assert (tmp_path / "out" / "model.json").read_text() == "another"
+    assert repnet.load_deployed(tmp_path / "out.2")
 
 
 def test_statistics_may_be_computed_anew(checkpoint: Path, tmp_path: Path) -> None:

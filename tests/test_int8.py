@@ -293,10 +293,10 @@ def test_the_worst_layers_are_kept_until_a_file_is_accepted(
     )
     layers = [layer(str(i), sqnr_db=(7 * i) % 9) for i in range(9)]
     worst = [x.name for x in sorted(layers, key=lambda x: x.sqnr_db)]
-    attempts = quantize_until(
+    attempts = list(quantize_until(
         "onnx", Path("a"), Path("b"), images(), layers,
         lambda path: attempt(len(calls[-1]) >= accepted_at),
-    )  # fmt: skip
+    ))  # fmt: skip
     assert [len(a.kept) for a in attempts] == expected
     assert [a.kept for a in attempts] == calls == [worst[:k] for k in expected]
     assert [a.accepted for a in attempts[:-1]] == [False] * (len(attempts) - 1)
@@ -339,7 +339,7 @@ def test_a_collapse_is_repaired_by_keeping_the_worst_layer(
     layers = sensitivity(model, images(32))
     assert min(layers, key=lambda found: found.sqnr_db).name == "second"
     assert next(found for found in layers if found.name == "first").weight_spread > 1e3
-    attempts = quantize_until(format_name, source, target, images(32), layers, accept)
+    attempts = list(quantize_until(format_name, source, target, images(32), layers, accept))
     # NNCF gives no channel a scale below a hundredth of the largest one's, so that both collapse.
     kept = {"onnx": [[], ["second"]], "openvino": [[], ["second"], ["second", "first"]]}
     assert [a.kept for a in attempts] == kept[format_name]

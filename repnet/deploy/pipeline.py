@@ -90,7 +90,7 @@ def deploy(
     }
     train_form.to(device)
     _recalibrate(train_form, data, settings.recalibrate, device)
-    with Stage(directory) as stage:
+    with Stage(directory, overwrite=settings.overwrite) as stage:
         try:
             deploy_form = _verify(
                 train_form, data, entry["config"]["model"], stage.path, settings, report
@@ -127,6 +127,11 @@ def deploy(
         raise VerificationError(
             f"not deployed: {report['refusal']}. No model was saved; see "
             f"{stage.directory / 'report.html'}"
+        )
+    if stage.directory != directory:
+        raise InputError(
+            f"'{directory}' was filled by something else meanwhile; the verified model is in "
+            f"'{stage.directory}'"
         )
     return report
 

@@ -52,11 +52,14 @@ class Stage:
     """A temporary directory, `path`, that takes the place of `directory` when all went well.
 
     Args:
-        directory: made, or replaced.
+        directory: made, or replaced; `directory.2`, or the next free name, is made where that is
+            not allowed when all is done.
+        overwrite: whether an artefact may be replaced.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, overwrite: bool) -> None:
         self.directory = directory
+        self.overwrite = overwrite
 
     def __enter__(self) -> Stage:
         parent = self.directory.absolute().parent
@@ -90,11 +93,11 @@ class Stage:
             ) from error
 
     def _avoid_what_came_since(self) -> None:
-        """Choose a free name beside a directory that holds what no deployment wrote."""
+        """Choose a free name beside a directory that holds what must not be replaced."""
         wanted, number = self.directory, 1
         while True:
             try:
-                return check_target(self.directory, overwrite=True)
+                return check_target(self.directory, self.overwrite)
             except InputError:
                 number += 1
                 self.directory = wanted.with_name(f"{wanted.name}.{number}")

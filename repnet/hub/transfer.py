@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -65,9 +65,9 @@ def push_to_hub(
             write_model_card(copy, repo_id=str(repo_id), license=license)
         if (folder := _folder(repo_id)) is not None:
             _check_new(folder)
-            with Stage(folder) as stage:
+            with Stage(folder, overwrite=False) as stage:
                 shutil.copytree(copy, stage.path, dirs_exist_ok=True)
-            return str(folder)
+            return str(stage.directory)
         hub = _huggingface_hub()
         try:
             api = hub.HfApi(token=token)
@@ -95,7 +95,7 @@ def pull(
 
     Args:
         repo_id: as in `push_to_hub`.
-        directory: new or empty.
+        directory: new or empty; if it is filled meanwhile, `directory.2` and so on is made.
         revision: branch, tag or commit; None for the main branch.
         token: of the Hub.
 
@@ -105,9 +105,9 @@ def pull(
     directory = Path(directory)
     _check_new(directory)
     source = _folder(repo_id) or _download(repo_id, revision=revision, token=token)
-    with Stage(directory) as stage:
+    with Stage(directory, overwrite=False) as stage:
         _copy(source, stage.path)
-    return directory
+    return stage.directory
 
 
 def from_hub(
@@ -141,21 +141,29 @@ def from_hub(
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a verified artefact, and compare the copy with the hashes."""
-    description = read_description(source)
-    read_report(source, description)
-    hashes = [str(file) for file in description["hashes"]]
-    for file in hashes:
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise InputError(f"'{source / DESCRIPTION}' lists '{file}', outside of the artefact")
-    for file in (*hashes, *_TEXTS):
-        if (source / file).is_file():
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, target / file)
+    """Copy a verified artefact. What is checked is the copy."""
+    read_description(source)  # says best what else it may be
+    _copy_files(source, target, _TEXTS)
     try:
+        description = read_description(target)
+        read_report(target, description)
+        hashes = [str(file) for file in description["hashes"]]
+        for file in hashes:
+            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                raise InputError(
+                    f"'{target / DESCRIPTION}' lists '{file}', outside of the artefact"
+                )
+        _copy_files(source, target, hashes)
         check_hashes(target, description, hashes)
     except InputError as error:
         raise InputError(str(error).replace(str(target), str(source))) from error
+
+
+def _copy_files(source: Path, target: Path, files: Iterable[str]) -> None:
+    for file in files:
+        if (source / file).is_file():
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target / file)
 
 
 def _folder(repo_id: str | Path) -> Path | None:

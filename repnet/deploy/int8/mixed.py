@@ -38,7 +38,7 @@ def quantize_until(
     images: Tensor,
     layers: Sequence[LayerSensitivity],
     accept: Callable[[Path], Attempt],
-) -> list[Attempt]:
+) -> Iterator[Attempt]:
     """Quantize with the k worst layers in float, k = 0, 1, 2, 4, 8 ..., until the file is accepted.
 
     Args:
@@ -49,18 +49,16 @@ def quantize_until(
         layers: of `sensitivity`; the lowest SQNR counts as worst.
         accept: evaluates a file; what it says of `kept` is replaced.
 
-    Returns:
+    Yields:
         The attempts in order; only the last can be accepted. None of them keeps all layers, which
         would be no int8 file.
     """
     names = [layer.name for layer in sorted(layers, key=lambda layer: layer.sqnr_db)]
-    attempts: list[Attempt] = []
     for count in _counts(len(names)):
         quantize(format_name, source, target, images, keep=names[:count])
-        attempts.append(replace(accept(target), kept=names[:count]))
-        if attempts[-1].accepted:
+        yield (attempt := replace(accept(target), kept=names[:count]))
+        if attempt.accepted:
             break
-    return attempts
 
 
 def _counts(layers: int) -> Iterator[int]:
