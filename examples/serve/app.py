@@ -162,6 +162,6 @@ def prepare(predictor: Predictor, contents: bytes, name: str) -> torch.Tensor:
             f"may be {MAX_RATIO} times as long as the other",
         )
     try:
-        return predictor.prepare(contents)
+        return predictor.prepare(contents, formats=FORMATS)
     except InputError as error:
         raise HTTPException(400, f"{name}: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -66,12 +67,17 @@ def _run(arguments: argparse.Namespace) -> bool:
         runs=arguments.runs, seconds=arguments.seconds,
     )  # fmt: skip
     results, rows = [], list[Row]()
-    subjects = []
-    for text in arguments.subjects:
+    subjects, texts = [], list[str]()
+    for text in dict.fromkeys(arguments.subjects):
         if Path(text).suffix == ".json" and Path(text).is_file():
             results += read_results(text)
         else:
             subjects.append(find_subject(text, size=arguments.size, trust=arguments.trust))
+            texts.append(text)
+    taken = Counter(subject.name for subject in subjects)
+    for subject, text in zip(subjects, texts, strict=True):
+        if taken[subject.name] > 1:  # two runs may have directories of the same name
+            subject.name = text
     # Nothing moves while something is timed.
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
         show = partial(live.update, refresh=True)

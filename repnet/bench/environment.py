@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import platform
-import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from repnet import __version__
+from repnet.deploy.device import processor
 
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "executorch",
              "tensorrt", "timm")  # fmt: skip
@@ -50,11 +49,3 @@ def sentence(environment: dict[str, Any]) -> str:
         f"{environment['hardware']}{f', {threads} thread{plural}' if threads else ''}; "
         f"{versions}; {environment['created'][:10]}"
     )
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()

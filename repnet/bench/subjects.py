@@ -13,7 +13,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.checkpoint import find_checkpoint, model_from, read_checkpoint
-from repnet.deploy.artifact import DESCRIPTION, check_hashes, load_deployed, read_description
+from repnet.deploy.artifact import (
+    DESCRIPTION,
+    check_hashes,
+    files_of,
+    load_deployed,
+    read_description,
+)
 from repnet.deploy.formats import format_named
 from repnet.errors import InputError
 from repnet.folding import reparameterize
@@ -143,6 +149,8 @@ def _from_artifact(directory: Path, trust: Sequence[str]) -> Subject:
             if "native" in trust or not format_named(entry["format"]).native
         ]  # fmt: skip
         for entry in description.get("exports") or []:
+            if not files_of(entry):
+                raise InputError(f"'{directory / DESCRIPTION}' lists its exports wrongly")
             check_hashes(directory, description, entry["files"])
     except (KeyError, TypeError) as error:
         raise InputError(f"'{directory / DESCRIPTION}' lists its exports wrongly") from error

@@ -64,6 +64,10 @@ def run(
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     except KeyboardInterrupt:
         interrupted = True
+    except OSError as failure:  # of Hydra's own directories
+        told = hasattr(failure, "was_told")
+        wrong = InputError(f"the output directory cannot be made: {failure}; pass hydra.run.dir")
+        errors.append(("", failure if told else wrong))
     except Exception as failure:
         errors.append(("", failure))
     codes = []

@@ -151,10 +151,11 @@ def _exports(report: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="Exports, run in their own runtimes over the same images")
-    for column in ("file", "precision", "status"):
+    table.add_column("file", overflow="fold")  # the only one that may be narrower than its text
+    for column in ("precision", "status"):
         table.add_column(column, no_wrap=True)
-    for column in ("top-1", "same prediction", "latency, ms", "MB"):
-        table.add_column(column, justify="right")
+    for column in ("top-1", "same\nprediction", "latency,\nms", "MB"):
+        table.add_column(column, justify="right", no_wrap=True)
     colors = {"verified": "green", "skipped": "yellow", "failed": "red"}
     for export in report["exports"]:
         ran = export["verified"]

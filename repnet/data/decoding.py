@@ -18,7 +18,9 @@ _LEAST = 4  # 1600 x 1200 with resizing: 23 ms instead of 34; 1024 x 768 at half
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
-def decode(contents: bytes, *, decode_at: int | None = None) -> Tensor:
+def decode(
+    contents: bytes, *, decode_at: int | None = None, formats: tuple[str, ...] | None = None
+) -> Tensor:
     """Return the pixels, uint8 `(3, height, width)`, of an image file of any kind.
 
     Gray levels are repeated, palettes looked up, transparency is dropped, 16 bits lose the lower 8.
@@ -28,6 +30,7 @@ def decode(contents: bytes, *, decode_at: int | None = None) -> Tensor:
         contents: of the file.
         decode_at: pixels of the shorter side that are enough: a JPEG of four or eight times that is
             decoded at a quarter or an eighth of its size (half would save nothing); None for all.
+        formats: of PIL that may be tried; None for all.
 
     Raises:
         ValueError: this is no image, or not a whole one.
@@ -36,19 +39,23 @@ def decode(contents: bytes, *, decode_at: int | None = None) -> Tensor:
         with suppress(Exception):  # what it cannot read, PIL may, or say why not
             if decode_at is None or min(_size(contents)) < _LEAST * decode_at:
                 return _decode_jpeg(torch.frombuffer(bytearray(contents), dtype=torch.uint8))
-    return _pixels(open_rgb(contents, decode_at=decode_at))
+    return _pixels(open_rgb(contents, decode_at=decode_at, formats=formats))
 
 
-def open_rgb(contents: bytes, *, decode_at: int | None = None) -> Image.Image:
+def open_rgb(
+    contents: bytes, *, decode_at: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Return the same as `decode` for PIL, in mode RGB.
 
     Raises:
         ValueError: this is no image, or not a whole one.
     """
     try:
-        with Image.open(io.BytesIO(contents)) as image:
+        with Image.open(io.BytesIO(contents), formats=formats) as image:
             if decode_at is not None and min(image.size) >= _LEAST * decode_at:  # of JPEG only
                 image.draft(None, (decode_at, decode_at))
+            if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these have 16 bits
+                raise ValueError("its pixels are 32-bit integers; save it with 8 bits")
             if image.mode.startswith("I"):  # PIL would clip 16 bits at 255
                 pixels = np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8
                 return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")

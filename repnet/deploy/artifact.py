@@ -9,10 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repnet.checkpoint import FORMAT as CHECKPOINT_FORMAT
+from repnet.deploy.device import usable_device
 from repnet.deploy.folded_layers import changed_layers, with_layers
 from repnet.errors import InputError
 from repnet.files import finite, sha256, write_atomically, write_json
@@ -50,7 +52,8 @@ def save_deployed(
             `preprocess` of each.
 
     Raises:
-        InputError: the architecture is unknown, does not fit the model, or is not plain data.
+        InputError: the architecture is unknown, does not fit the model, or is not plain data; the
+            weights cannot be written.
     """
     directory = Path(directory)
     architecture = architecture or getattr(model, "architecture", None)
@@ -69,7 +72,10 @@ def save_deployed(
     state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     state = {key: value.contiguous() for key, value in state.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS, lambda path: save_file(state, path), load_file)
+    try:
+        write_atomically(directory / WEIGHTS, lambda path: save_file(state, path), load_file)
+    except SafetensorError as error:  # a full disk
+        raise InputError(f"cannot write '{directory / WEIGHTS}': {error}") from error
     files = [WEIGHTS, *(file for export in exports for file in export["files"])]
     description = {
         "format": FORMAT,
@@ -106,11 +112,7 @@ def load_deployed(
     """
     path = Path(path)
     own = path.name in (WEIGHTS, DESCRIPTION)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device={device} cannot be used: {reason}") from error
+    device = usable_device(device)
     inside = (path / DESCRIPTION).is_file()
     if not own and not inside and (path.parent / DESCRIPTION).is_file():
         return ExportedModel(path, trust=trust, device=str(device))
@@ -157,7 +159,9 @@ class ExportedModel(nn.Module):
         path = Path(path)
         description = read_description(path.parent)
         listed = description.get("exports")
-        entries = [e for e in listed if path.name in _files(e)] if isinstance(listed, list) else []
+        entries = (
+            [e for e in listed if path.name in files_of(e)] if isinstance(listed, list) else []
+        )
         if not entries:
             raise InputError(
                 f"'{path.parent / DESCRIPTION}' does not list '{path.name}', so that nobody "
@@ -169,7 +173,7 @@ class ExportedModel(nn.Module):
         if chosen.native and "native" not in trust:
             raise InputError(
                 f"'{path}' is machine code, which can do whatever you can; if you made it or know "
-                "who did, pass trust=['native']"
+                "who did, pass trust=['native'] (commands: --trust native)"
             )
         chosen.require()
         self.description = description
@@ -208,7 +212,7 @@ def check_hashes(directory: Path, description: dict[str, Any], files: Sequence[s
             )
 
 
-def _files(entry: Any) -> list[str]:
+def files_of(entry: Any) -> list[str]:
     """Return the files of an entry of `exports`, none where it is malformed or leads elsewhere."""
     if not isinstance(entry, dict) or not set(_EXPORT_KEYS) <= entry.keys():
         return []

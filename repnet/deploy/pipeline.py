@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_
 from repnet.data import ImageDataModule
 from repnet.deploy import findings
 from repnet.deploy.artifact import DESCRIPTION, load_deployed, save_deployed
+from repnet.deploy.device import hardware, usable_device
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting
 from repnet.deploy.gate import VerificationError, judge
@@ -77,6 +77,7 @@ def deploy(
     entry = contents["repnet"]
     device = _device(settings.device)
     train_form = model_from(contents, path, trust=settings.trust).eval()
+    _check_numbers(train_form, path)
     input_shape = tuple((entry.get("data") or {}).get("input_shape") or ())
     data = _data(entry, settings, path, input_shape)
     if settings.exports and settings.preprocess:
@@ -128,7 +129,7 @@ def deploy(
             f"not deployed: {report['refusal']}. No model was saved; see "
             f"{stage.directory / 'report.html'}"
         )
-    if stage.directory != directory:
+    if stage.directory.resolve() != directory.resolve():
         raise InputError(
             f"'{directory}' was filled by something else meanwhile; the verified model is in "
             f"'{stage.directory}'"
@@ -270,13 +271,22 @@ def _recalibrate(
     recalibrate_batch_norm(model, images)
 
 
+def _check_numbers(model: nn.Module, path: Path) -> None:
+    """Refuse weights that are no numbers, and variances below zero, which give none."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{path}: '{name}' holds NaN or infinity; deploy another checkpoint")
+        if name.endswith("running_var") and (value < 0).any():
+            raise InputError(f"{path}: '{name}' is negative; deploy another checkpoint")
+
+
 def _data(
     entry: dict[str, Any], settings: Settings, path: Path, shape: Sequence[int]
 ) -> ImageDataModule:
     """Return the data module of the run; only repnet's own data sets are built from a file."""
     saved = entry["config"].get("data")
     spec = dict(saved) if isinstance(saved, dict) else {}
-    for unneeded in ("augment", "cache", "download"):  # nothing is fetched on a file's word
+    for unneeded in ("augment", "cache", "download"):  # no archive is fetched on a file's word
         spec.pop(unneeded, None)
     spec |= {key: value for key, value in settings.data.items() if value is not None}
     try:
@@ -312,12 +322,7 @@ def _some(names: Sequence[Any]) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device={name} cannot be used: {reason}; use device=cpu") from error
-    return torch.device(name)
+    return usable_device(name)
 
 
 def _provenance(
@@ -341,18 +346,6 @@ def _provenance(
             "python": platform.python_version(),
         },
     }
-
-
-def hardware(device: torch.device) -> str:
-    """Return what a latency was measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
-        name = found[1] if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Stage:
     """
 
     def __init__(self, directory: Path, *, overwrite: bool) -> None:
-        self.directory = directory
+        self.directory = directory.resolve() if directory.is_symlink() else directory
         self.overwrite = overwrite
 
     def __enter__(self) -> Stage:
@@ -116,4 +116,4 @@ class Stage:
                 old.rename(self.directory)
             raise
         if old is not None:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the result is in place

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from repnet.deploy.staging import CARD
 from repnet.errors import InputError
 from repnet.hub import pull, push_to_hub, write_model_card
 
@@ -30,6 +31,9 @@ def main() -> None:
         elif arguments.command == "pull":
             print(pull(arguments.repo, arguments.directory, revision=arguments.revision))
         else:
+            card = arguments.directory / CARD
+            if card.exists() and not arguments.overwrite:
+                raise InputError(f"'{card}' is there already; replace it with --overwrite")
             print(write_model_card(arguments.directory, license=arguments.license))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--private", action=argparse.BooleanOptionalAction, help="a new repository is private"
     )
+    card.add_argument("--overwrite", action="store_true", help="replace a README.md")
     for command in (push, card):
         command.add_argument("--license", help="identifier for the card, such as apache-2.0")
     return parser

@@ -12,10 +12,11 @@ import yaml
 
 from repnet import __version__
 from repnet.deploy.artifact import WEIGHTS, read_description
+from repnet.deploy.formats import format_named
+from repnet.deploy.staging import CARD
 from repnet.errors import InputError
 from repnet.files import write_text
 
-CARD = "README.md"
 REPORT = "report.json"
 
 
@@ -55,7 +56,7 @@ def check_card(directory: Path, description: dict[str, Any]) -> None:
         if digest.lower() != description["hashes"].get(file, digest.lower()):
             raise InputError(
                 f"'{CARD}' describes another artefact (it lists another hash of '{file}'); write "
-                "it anew with python -m repnet.hub card, or remove it"
+                "it anew with python -m repnet.hub card --overwrite, or remove it"
             )
 
 
@@ -138,8 +139,8 @@ def _card(
             _forms(description, report, exports),
         ),
         "",
-        f"Latency: one image, {_cell(provenance.get('device'))}. Drop: of accuracy, from the train "
-        "form. Agreement: predictions that are the same.",
+        f"Latency: {_cell(_latency(report))}. Drop: of accuracy, from the train form. Agreement: "
+        "predictions that are the same.",
         "",
         "## Use",
         "",
@@ -190,6 +191,16 @@ def _forms(
     return rows
 
 
+def _latency(report: dict[str, Any]) -> str:
+    """Return how many images a pass took, and where."""
+    latency = report.get("latency") or {}
+    batch = latency.get("batch") or 1
+    default = latency.get("device") or (report.get("provenance") or {}).get("device")
+    places = dict.fromkeys([default, *(latency.get("devices") or {}).values()])
+    where = "; files on the CPU: ".join(str(place) for place in places)
+    return f"{'one image' if batch == 1 else f'{batch} images'}, {where}"
+
+
 def _usage(repo_id: str, exports: Sequence[dict[str, Any]], classes: int) -> list[str]:
     lines = [
         "```python",
@@ -197,7 +208,11 @@ def _usage(repo_id: str, exports: Sequence[dict[str, Any]], classes: int) -> lis
         "",
         f"model = from_hub({repo_id!r})  # nn.Module: normalized images to {classes} logits",
     ]
-    lines += [f"model = from_hub({repo_id!r}, file={e['file']!r})" for e in exports]
+    for export in exports:
+        # Machine code is loaded only where somebody says that he trusts its author.
+        trust = ", trust=['native']" if format_named(export["format"]).native else ""
+        takes = "  # uint8 images" if export.get("preprocess") else ""
+        lines.append(f"model = from_hub({repo_id!r}, file={export['file']!r}{trust}){takes}")
     return [
         *lines,
         "```",

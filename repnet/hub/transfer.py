@@ -19,9 +19,9 @@ from repnet.deploy.artifact import (
     load_deployed,
     read_description,
 )
-from repnet.deploy.staging import Stage
+from repnet.deploy.staging import CARD, Stage
 from repnet.errors import InputError
-from repnet.hub.card import CARD, REPORT, check_card, read_report, write_model_card
+from repnet.hub.card import REPORT, check_card, read_report, write_model_card
 
 _TEXTS = (DESCRIPTION, REPORT, "report.html", CARD)
 
@@ -60,10 +60,14 @@ def push_to_hub(
         copy = Path(temporary)
         _copy(Path(directory), copy)
         if (copy / CARD).exists():
+            if license is not None:
+                raise InputError(
+                    f"'{directory}' has a {CARD} of its own; write the license there, or remove it"
+                )
             check_card(copy, read_description(copy))
         else:
             write_model_card(copy, repo_id=str(repo_id), license=license)
-        if (folder := _folder(repo_id)) is not None:
+        if (folder := _folder(repo_id, revision)) is not None:
             _check_new(folder)
             with Stage(folder, overwrite=False) as stage:
                 shutil.copytree(copy, stage.path, dirs_exist_ok=True)
@@ -104,7 +108,7 @@ def pull(
     """
     directory = Path(directory)
     _check_new(directory)
-    source = _folder(repo_id) or _download(repo_id, revision=revision, token=token)
+    source = _folder(repo_id, revision) or _download(repo_id, revision=revision, token=token)
     with Stage(directory, overwrite=False) as stage:
         _copy(source, stage.path)
     return stage.directory
@@ -134,7 +138,7 @@ def from_hub(
     Raises:
         InputError: there is no such artefact, or it was changed.
     """
-    source = _folder(repo_id) or _download(
+    source = _folder(repo_id, revision) or _download(
         repo_id, revision=revision, token=token, cache_dir=cache_dir
     )
     return load_deployed(source / (file or WEIGHTS), trust=trust, device=device)
@@ -166,12 +170,26 @@ def _copy_files(source: Path, target: Path, files: Iterable[str]) -> None:
             shutil.copyfile(source / file, target / file)
 
 
-def _folder(repo_id: str | Path) -> Path | None:
-    """Return the folder that stands in for a repository, None for one of the Hub."""
+def _folder(repo_id: str | Path, revision: str | None) -> Path | None:
+    """Return the folder that stands in for a repository, None for one of the Hub.
+
+    Raises:
+        InputError: it is asked for a revision, which it does not have.
+    """
+    folder = _path(repo_id)
+    if folder is not None and revision is not None:
+        raise InputError(f"'{folder}' is a folder, which has no revisions such as '{revision}'")
+    return folder
+
+
+def _path(repo_id: str | Path) -> Path | None:
     if isinstance(repo_id, Path):
         return repo_id
     if repo_id.startswith("file://"):
-        return Path(unquote(urlsplit(repo_id).path))
+        url = urlsplit(repo_id)
+        if url.netloc not in ("", "localhost"):
+            raise InputError(f"'{repo_id}' names the host '{url.netloc}'; write file:///PATH")
+        return Path(unquote(url.path))
     if repo_id[:1] in ("/", ".", "~") or Path(repo_id).is_absolute():
         return Path(repo_id).expanduser()
     return None

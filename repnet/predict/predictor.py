@@ -59,11 +59,6 @@ class Predictor:
         self, artefact: str | Path, *, trust: Sequence[str] = (), device: str = "cpu"
     ) -> None:
         self.artefact = Path(artefact)
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"device={device} cannot be used: {reason}") from error
         # What it knows of itself are attributes that nn.Module does not declare.
         self.model = cast(Any, load_deployed(self.artefact, trust=trust, device=device))
         self.description: dict[str, Any] = self.model.description
@@ -138,14 +133,18 @@ class Predictor:
             predictions += self.classify(prepared, names, top=top)
         return predictions
 
-    def prepare(self, image: Source) -> Tensor:
+    def prepare(self, image: Source, *, formats: tuple[str, ...] | None = None) -> Tensor:
         """Return an image as the model takes it, `(channels, height, width)`.
+
+        Args:
+            image: as in `predict`.
+            formats: of PIL that may be tried to decode a file; None for all.
 
         Raises:
             InputError: it cannot be read.
         """
         try:
-            pixels = _with_channels(_read(image, self.decode_at), self.channels)
+            pixels = _with_channels(_read(image, self.decode_at, formats), self.channels)
         except (OSError, ValueError) as error:
             name = f" '{printable(str(image))}'" if isinstance(image, str | Path) else ""
             raise InputError(f"cannot read the image{name}: {error}") from error
@@ -203,6 +202,8 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
         if not place.is_dir():
             if not place.exists():
                 raise InputError(f"there is no image or folder '{place}'")
+            if place.is_char_device() or place.is_block_device():  # such as /dev/zero, endless
+                raise InputError(f"'{place}' is neither a file nor a folder")
             found.append(place)
             continue
         inside = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -217,8 +218,8 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _read(image: Source, decode_at: int | None) -> Tensor:
-    """Return uint8 pixels `(channels, height, width)`; `decode_at` as in `decode`."""
+def _read(image: Source, decode_at: int | None, formats: tuple[str, ...] | None) -> Tensor:
+    """Return uint8 pixels `(channels, height, width)`; `decode_at`, `formats` as in `decode`."""
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3 or image.numel() == 0:
             raise ValueError(
@@ -233,7 +234,7 @@ def _read(image: Source, decode_at: int | None) -> Tensor:
             image = image.convert("RGBA")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     contents = image if isinstance(image, bytes) else Path(image).read_bytes()
-    return decode(contents, decode_at=decode_at)
+    return decode(contents, decode_at=decode_at, formats=formats)
 
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:

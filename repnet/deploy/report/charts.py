@@ -95,6 +95,11 @@ def latency(report: Report) -> Report | None:
         "batch": settings.get("batch"),
         "runs": settings.get("runs"),
         "device": settings.get("device"),
+        "others": {
+            name: device
+            for name, device in (settings.get("devices") or {}).items()
+            if device != settings.get("device")
+        },
         "best": best,
     }
 
