@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -291,11 +292,36 @@ def test_changed_and_wrong_artefacts_are_refused(artefact: Path, tmp_path: Path)
     (directory / "model.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match="lists its exports wrongly"):
         find_subject(str(directory))
+    description["exports"] = [  # whose hash would not be looked at
+        {"file": "model.pt2", "files": [], "format": "torch_export", "precision": "fp32",
+         "preprocess": False}
+    ]  # fmt: skip
+    (directory / "model.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="lists its exports wrongly"):
+        find_subject(str(directory))
     directory = copy("shapeless")
     description["exports"], description["data"] = [], {}
     (directory / "model.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match="does not say the shape of its images"):
         find_subject(str(directory))
+
+
+def test_runs_of_the_same_name_are_told_apart(
+    artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / name / "best" / "deploy" for name in "ab"]
+    for place in places:
+        shutil.copytree(artefact, place)
+    texts = [*map(str, places), str(places[0])]
+    monkeypatch.setattr(sys, "argv", [
+        "bench", *texts, "--forms", "deploy", "--batch", "1", "--runs", "2", "--device", "cpu",
+        "--threads", "1", "--json", str(tmp_path / "out.json"),
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    (result,) = read_results(tmp_path / "out.json")
+    assert [row.subject for row in result.rows] == texts[:2]
 
 
 def test_a_run_and_its_checkpoint(tmp_path: Path) -> None:

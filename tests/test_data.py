@@ -363,6 +363,12 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
             torch.testing.assert_close(pixels.float(), target.float(), atol=3, rtol=0)
     with pytest.raises(ValueError, match="floating-point"):
         decode(encoded(Image.new("F", (4, 4)), "TIFF"))
+    with pytest.raises(ValueError, match="32-bit integers"):  # which may well end at 255
+        decode(encoded(Image.new("I", (4, 4), 200), "TIFF"))
+    strange = encoded(Image.new("RGB", (4, 4)), "TGA")
+    assert decode(strange).shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="unknown format"):
+        decode(strange, formats=("PNG", "JPEG"))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import repnet
@@ -84,6 +85,63 @@ def test_nothing_is_overwritten_unasked(checkpoint: Path, tmp_path: Path) -> Non
     deploy(checkpoint, directory, Settings(overwrite=True, split="val"))
     assert json.loads((directory / "report.json").read_text())["samples"] == 180
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_link_stays_a_link(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("disk")
+    deploy(checkpoint, link, Settings(latency_runs=1))
+    deploy(checkpoint, link, Settings(latency_runs=1, overwrite=True))
+    assert link.is_symlink()
+    assert repnet.load_deployed(tmp_path / "disk")
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "link", "run"}
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        result = run("deploy.py", f"ckpt={checkpoint}", f"hydra.run.dir={place}", cwd=tmp_path,
+                     code=2)  # fmt: skip
+        (line,) = result.stderr.strip().splitlines()
+        assert "the output directory cannot be made" in line
+        assert place in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("head.bias", float("inf"), "'head.bias' holds NaN or infinity"),
+        ("running_mean", float("nan"), "running_mean' holds NaN or infinity"),
+        ("running_var", -1.0, "running_var' is negative"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(
+    checkpoint: Path, tmp_path: Path, key: str, value: float, reason: str
+) -> None:
+    def spoil(contents: dict[str, Any]) -> None:
+        state = contents["state_dict"]
+        name = next(name for name in state if name.endswith(key))
+        state[name].view(-1)[0] = value
+
+    edit(checkpoint, spoil)
+    with pytest.raises(InputError, match=reason):
+        deploy(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_written_leave_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("repnet.deploy.artifact.save_file", full)
+    with pytest.raises(InputError, match=r"cannot write '.*model\.safetensors': .*No space left"):
+        deploy(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_what_no_deployment_wrote_is_never_replaced(checkpoint: Path) -> None:

@@ -265,6 +265,42 @@ def test_int8_that_loses_accuracy_is_refused(
     assert not any(attempt["accepted"] for attempt in attempts)
 
 
+def test_attempts_are_told_though_a_later_one_fails(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import repnet.deploy.int8.mixed as mixed
+
+    quantize, calls = mixed.quantize, list[Any]()
+
+    def fail_third(*arguments: Any, keep: Any) -> None:
+        calls.append(keep)
+        if len(calls) == 3:
+            raise ExportError("no third one")
+        quantize(*arguments, keep=keep)
+
+    monkeypatch.setattr(mixed, "quantize", fail_third)
+    options = Int8(samples=8, max_drop=0.0, min_agreement=1.0)
+    monkeypatch.setattr(Comparison, "refusal", lambda *_: "not good enough")
+    settings = Settings(exports={"openvino": ["int8"]}, int8=options, latency_runs=1)
+    report = deploy(checkpoint, tmp_path / "out", settings)
+    assert [e["status"] for e in report["exports"]] == ["failed"]
+    first, second = report["int8"]["attempts"]["openvino"]
+    assert (first["kept"], second["kept"]) == ([], calls[1])
+    assert len(calls[1]) == 1
+
+
+def test_int8_needs_its_own_package(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import repnet.deploy.formats.base as base
+
+    find_spec = base.find_spec
+    monkeypatch.setattr(base, "find_spec", lambda n: None if n == "nncf" else find_spec(n))
+    with pytest.raises(InputError, match=r'nncf.*pip install "repnet\[openvino\]"'):
+        deploy(checkpoint, tmp_path / "out", Settings(exports={"openvino": ["int8"]}))
+    Settings(exports={"openvino": ["fp32"]}).check()
+
+
 def test_files_with_preprocessing_take_pixels(checkpoint: Path, tmp_path: Path) -> None:
     settings = Settings(
         exports={"onnx": ["fp32"], "openvino": ["int8"]},
@@ -473,6 +509,11 @@ def test_coarse_arithmetic_is_held_to_accuracy_and_agreement() -> None:
     reason = result.refusal(3, 1.0)
     assert reason is not None
     assert "a drop of more than 10.00%" in reason
+    exactly = Gate(float("inf"), 0.01, 0.0)
+    result = Comparison(exactly, 1.0, samples=100, correct=89)
+    assert 0.9 - result.top1 > 0.01  # in floating-point numbers
+    assert result.refusal(100, 0.9) is None
+    assert result.refusal(100, 0.91) is not None
     strict = Gate(float("inf"), 1.0, 0.7)
     assert "66.67%" in str(compared(strict, actual, EXPECTED, LABELS).refusal(3, 1.0))
 

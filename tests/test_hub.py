@@ -124,6 +124,18 @@ def test_the_card_tells_what_was_measured(artefact: Path) -> None:
     assert "license" not in header(write_model_card(artefact))[0]
 
 
+def test_the_card_says_what_files_need_and_where_they_were_timed(artefact: Path) -> None:
+    report = json.loads((artefact / "report.json").read_text())
+    compiled = report["exports"][0] | {"format": "aot_inductor", "file": "model.aot.pt2"}
+    report["exports"] += [compiled | {"preprocess": True}]
+    report["latency"] = {"batch": 8, "device": "GPU", "devices": {"a": "GPU", "b": "CPU"}}
+    (artefact / "report.json").write_text(json.dumps(report))
+    body = write_model_card(artefact).read_text()
+    assert "file='model.pt2')\n" in body
+    assert "file='model.aot.pt2', trust=['native'])  # uint8 images\n" in body
+    assert "Latency: 8 images, GPU; files on the CPU: CPU. Drop" in body
+
+
 def test_the_card_is_one_that_the_hub_reads(artefact: Path) -> None:
     card = hub.ModelCard.load(write_model_card(artefact))
     (result,) = card.data.eval_results
@@ -363,8 +375,17 @@ def test_the_commands(
 
     assert command("card", artefact, "--license", "mit") == 0
     assert header(artefact / "README.md")[0]["license"] == "mit"
+    assert command("card", artefact, "--license", "bsd") == 2
+    assert capsys.readouterr().err.endswith("is there already; replace it with --overwrite\n")
+    assert command("card", artefact, "--license", "mit", "--overwrite") == 0
+    assert command("push", artefact, "./shelf", "--license", "bsd") == 2
+    assert "write the license there" in capsys.readouterr().err
     assert command("push", artefact, "./shelf") == 0
-    assert capsys.readouterr().out.splitlines() == [str(artefact / "README.md"), "shelf"]
+    assert capsys.readouterr().out.splitlines() == ["shelf"]
+    assert command("pull", "./shelf", "back", "--revision", "v1") == 2
+    assert "'shelf' is a folder, which has no revisions such as 'v1'" in capsys.readouterr().err
+    assert command("push", artefact, "file://shelf/there") == 2
+    assert "names the host 'shelf'" in capsys.readouterr().err
     assert command("pull", "./shelf", "back") == 0
     repnet.load_deployed("back")
     assert command("pull", "./shelf", "back") == 2

@@ -297,6 +297,15 @@ def test_an_image_that_is_named_twice_is_answered_twice(
     assert (code, first) == (0, second)
 
 
+def test_what_cannot_be_used_is_one_line(artefact: Path, tmp_path: Path, run: Run) -> None:
+    noise(20, 20).save(tmp_path / "1.png")
+    code, _, errors = run(artefact, tmp_path, "--device", "meta")
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert "device=meta cannot be used" in errors
+    code, _, errors = run(artefact, "/dev/zero")
+    assert (code, errors) == (2, "error: '/dev/zero' is neither a file nor a folder\n")
+
+
 def test_unreadable_images_are_named_and_the_rest_goes_on(
     artefact: Path, tmp_path: Path, run: Run
 ) -> None:
