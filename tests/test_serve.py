@@ -156,6 +156,27 @@ def test_bad_images_are_the_fault_of_the_client(
     assert post(client, encoded()).status_code == 200  # and it goes on
 
 
+def test_the_decoder_is_that_of_the_format_that_was_checked(client: Any) -> None:
+    contents = two_formats()
+    with Image.open(io.BytesIO(contents)) as image:
+        assert (image.format, image.size) == ("IM", (12_000, 12_000))
+    assert post(client, contents).status_code == 200  # as a TIFF of one pixel
+
+
+def two_formats() -> bytes:
+    """Return a TIFF of one pixel, whose unused bytes are the header of another format of PIL."""
+    header = b"II*\0" + struct.pack("<I", 600)
+    header += b": x\nImage type: L 1 image\nImage size (x*y): 12000*12000\n"
+    header = header.ljust(511, b"\0") + b"\x1a"
+    short, long = 3, 4
+    entries = [(256, short, 1), (257, short, 1), (258, short, 8), (259, short, 1), (262, short, 1),
+               (273, long, 580), (277, short, 1), (278, short, 1), (279, long, 1)]  # fmt: skip
+    directory = struct.pack("<H", len(entries))
+    for tag, kind, value in entries:
+        directory += struct.pack("<HHII", tag, kind, 1, value)
+    return header.ljust(600, b"\0") + directory + struct.pack("<I", 0)
+
+
 def test_bad_requests_are_refused(client: Any) -> None:
     assert client.post("/predict", json={"image": "x"}).status_code == 415
     assert client.post("/predict", content=b"x").status_code == 415

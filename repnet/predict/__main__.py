@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="package that may be imported to build the network",
+        help="package that may be imported to build the network; native: run machine code",
     )
     parser.add_argument(
         "--skip-corrupt",
