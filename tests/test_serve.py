@@ -156,6 +156,7 @@ def test_bad_images_are_the_fault_of_the_client(
     assert post(client, encoded()).status_code == 200  # and it goes on
 
 
+@pytest.mark.filterwarnings("ignore")  # of PIL, where it takes the other format
 def test_the_decoder_is_that_of_the_format_that_was_checked(client: Any) -> None:
     contents = two_formats()
     with Image.open(io.BytesIO(contents)) as image:
