@@ -400,6 +400,16 @@ def test_the_fastest_form_is_one_that_may_be_used(tmp_path: Path) -> None:
     assert f"<b>OpenVINO bf16 takes 1.60 ms</b>, 5.00{words.TIMES}" in text
 
 
+def test_forms_that_were_timed_elsewhere_are_named(tmp_path: Path) -> None:
+    report = complete()
+    assert "On AMD" not in page(report, tmp_path)
+    report["latency"]["device"] = "NVIDIA H100"
+    report["latency"]["devices"] = {
+        "train_form": "NVIDIA H100", "onnx fp32": "AMD EPYC", "openvino bf16": "AMD EPYC",
+    }  # fmt: skip
+    assert "On AMD EPYC: ONNX fp32, OpenVINO bf16." in page(report, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
