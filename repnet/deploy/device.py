@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from repnet.errors import InputError
+from repnet.errors import InputError, first_line
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -20,8 +20,9 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         torch.empty(1, device=name).add(1).item()
     except (RuntimeError, AssertionError) as error:  # of "meta" a NotImplementedError
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"device={name} cannot be used: {reason}; use device=cpu") from error
+        raise InputError(
+            f"device={name} cannot be used: {first_line(error)}; use device=cpu"
+        ) from error
     return torch.device(name)
 
 

@@ -20,7 +20,7 @@ from repnet.deploy.artifact import (
     read_description,
 )
 from repnet.deploy.staging import CARD, Stage
-from repnet.errors import InputError
+from repnet.errors import InputError, first_line
 from repnet.hub.card import REPORT, check_card, read_report, write_model_card
 
 _TEXTS = (DESCRIPTION, REPORT, "report.html", CARD)
@@ -84,7 +84,7 @@ def push_to_hub(
                 delete_patterns=["model.*", "model_*"],  # exports of an earlier artefact
             )
         except Exception as error:  # a network fails in every way that there is
-            raise InputError(f"cannot push to '{repo_id}': {_first_line(error)}") from error
+            raise InputError(f"cannot push to '{repo_id}': {first_line(error)}") from error
         return str(commit.commit_url)
 
 
@@ -205,7 +205,7 @@ def _download(repo_id: str | Path, **options: Any) -> Path:
     try:
         return Path(hub.snapshot_download(str(repo_id), **options))
     except Exception as error:  # a network fails in every way that there is
-        raise InputError(f"cannot pull '{repo_id}': {_first_line(error)}") from error
+        raise InputError(f"cannot pull '{repo_id}': {first_line(error)}") from error
 
 
 def _huggingface_hub() -> Any:
@@ -216,7 +216,3 @@ def _huggingface_hub() -> Any:
             'the Hugging Face Hub needs huggingface_hub: pip install "repnet[hub]"'
         ) from error
     return huggingface_hub
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

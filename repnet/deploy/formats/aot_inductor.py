@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program, first_line
+from repnet.deploy.formats.torch_export import ImageSpec, exported_program
+from repnet.errors import first_line
 
 _INPUT = "repnet.input"  # key of the `ImageSpec` in the metadata
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import exported_program, first_line
+from repnet.deploy.formats.torch_export import exported_program
 from repnet.deploy.preprocess import Preprocessed
+from repnet.errors import first_line
 
 
 class CoreML(Format):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program, first_line
+from repnet.deploy.formats.torch_export import ImageSpec, exported_program
 from repnet.deploy.preprocess import Preprocessed
+from repnet.errors import first_line
 
 _METADATA = "metadata"  # a method that returns it
 _INPUT = "image_spec"  # another, for an `ImageSpec`

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from repnet import __version__
 from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program, first_line
+from repnet.deploy.formats.torch_export import ImageSpec, exported_program
 from repnet.deploy.preprocess import Preprocessed
+from repnet.errors import first_line
 
 # The one that torch's exporter writes without a conversion; ONNX Runtime 1.14 of 2023 runs it.
 OPSET = 18

@@ -20,7 +20,7 @@ from torch.export.pt2_archive._package import load_pt2
 
 from repnet.deploy.formats.base import ExportError, Format, Runner
 from repnet.deploy.preprocess import Preprocessed
-from repnet.errors import InputError
+from repnet.errors import InputError, first_line
 
 METADATA = "metadata.json"
 
@@ -195,12 +195,6 @@ def _is_torch(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace == "aten"
     return not isinstance(target, torch._ops.OperatorBase)  # arithmetic of sizes
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what a library reports, or the name of the error."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # Everything that `export` writes; whatever else torch.export.load would act upon is refused.
