@@ -64,11 +64,12 @@ def run(
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
     except KeyboardInterrupt:
         interrupted = True
-    except OSError as failure:  # of Hydra's own directories
-        told = hasattr(failure, "was_told")
-        wrong = InputError(f"the output directory cannot be made: {failure}; pass hydra.run.dir")
-        errors.append(("", failure if told else wrong))
     except Exception as failure:
+        own = isinstance(failure, HydraException) or hasattr(failure, "was_told")
+        if isinstance(failure, OSError) and not own:  # of Hydra, which makes the directories
+            failure = InputError(
+                f"the output directory cannot be made: {failure}; pass hydra.run.dir"
+            )
         errors.append(("", failure))
     codes = []
     for which, error in errors:
