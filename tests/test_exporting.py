@@ -162,8 +162,10 @@ def test_weights_changed_after_the_export_are_caught(
     assert report["verified"] is False
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("batch_size", "wrong", "how"), [(64, 1, "alone"), (1, 2, "twice")])
+@pytest.mark.parametrize(
+    ("batch_size", "wrong", "how", "precision"),
+    [(64, 1, "alone", "fp32"), (64, 1, "alone", "bf16"), (1, 2, "twice", "bf16")],
+)
 def test_a_file_that_is_wrong_for_another_batch_size_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     batch_size: int, wrong: int, how: str, precision: str,
