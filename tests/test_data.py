@@ -369,6 +369,8 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
     assert decode(strange).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="unknown format"):
         decode(strange, formats=("PNG", "JPEG"))
+    with pytest.raises(ValueError, match="unknown format"):
+        decode(encoded(color, "JPEG"), formats=("PNG",))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

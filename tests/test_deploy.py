@@ -126,9 +126,12 @@ def test_weights_that_are_no_numbers_are_named(
         state[name].view(-1)[0] = value
 
     edit(checkpoint, spoil)
-    with pytest.raises(InputError, match=reason):
+    with pytest.raises(InputError, match=reason) as error:
         deploy(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert ("recalibrate=N" in str(error.value)) == ("running" in key)
+    if "running" in key:
+        deploy(checkpoint, tmp_path / "out", Settings(recalibrate=2, latency_runs=1))
 
 
 def test_weights_that_cannot_be_written_leave_nothing(

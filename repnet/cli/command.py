@@ -66,9 +66,10 @@ def run(
         interrupted = True
     except Exception as failure:
         own = isinstance(failure, HydraException) or hasattr(failure, "was_told")
-        if isinstance(failure, OSError) and not own:  # of Hydra, which makes the directories
+        if isinstance(failure, OSError) and failure.filename and not own:  # Hydra's mkdir
             failure = InputError(
-                f"the output directory cannot be made: {failure}; pass hydra.run.dir"
+                f"the output directory cannot be made: {failure}; pass another hydra.run.dir (with "
+                "-m, hydra.sweep.dir)"
             )
         errors.append(("", failure))
     codes = []

@@ -35,7 +35,8 @@ def decode(
     Raises:
         ValueError: this is no image, or not a whole one.
     """
-    if _decode_jpeg is not None and contents[:2] == b"\xff\xd8":
+    wanted = formats is None or "JPEG" in formats
+    if wanted and _decode_jpeg is not None and contents[:2] == b"\xff\xd8":
         with suppress(Exception):  # what it cannot read, PIL may, or say why not
             if decode_at is None or min(_size(contents)) < _LEAST * decode_at:
                 return _decode_jpeg(torch.frombuffer(bytearray(contents), dtype=torch.uint8))

@@ -19,7 +19,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     """
     try:
         torch.empty(1, device=name).add(1).item()
-    except (RuntimeError, AssertionError) as error:  # of "meta" a NotImplementedError
+    except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device={name} cannot be used: {first_line(error)}; use device=cpu"
         ) from error

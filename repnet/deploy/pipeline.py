@@ -77,7 +77,6 @@ def deploy(
     entry = contents["repnet"]
     device = _device(settings.device)
     train_form = model_from(contents, path, trust=settings.trust).eval()
-    _check_numbers(train_form, path)
     input_shape = tuple((entry.get("data") or {}).get("input_shape") or ())
     data = _data(entry, settings, path, input_shape)
     if settings.exports and settings.preprocess:
@@ -91,6 +90,7 @@ def deploy(
     }
     train_form.to(device)
     _recalibrate(train_form, data, settings.recalibrate, device)
+    _check_numbers(train_form, path)
     with Stage(directory, overwrite=settings.overwrite) as stage:
         try:
             deploy_form = _verify(
@@ -272,12 +272,14 @@ def _recalibrate(
 
 
 def _check_numbers(model: nn.Module, path: Path) -> None:
-    """Refuse weights that are no numbers, and variances below zero, which give none."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{path}: '{name}' holds NaN or infinity; deploy another checkpoint")
+    """Refuse weights and statistics that are no numbers, and variances below zero."""
+    statistics = {n: b for n, b in model.named_buffers() if ".running_" in f".{n}"}
+    for name, value in {**dict(model.named_parameters()), **statistics}.items():
+        remedy = "deploy another checkpoint" + (", or pass recalibrate=N" * (name in statistics))
+        if not value.isfinite().all():
+            raise InputError(f"{path}: '{name}' holds NaN or infinity; {remedy}")
         if name.endswith("running_var") and (value < 0).any():
-            raise InputError(f"{path}: '{name}' is negative; deploy another checkpoint")
+            raise InputError(f"{path}: '{name}' is negative; {remedy}")
 
 
 def _data(
