@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from repnet.equivalence import Equivalence as Equivalence
     from repnet.equivalence import FoldMismatchError as FoldMismatchError
     from repnet.equivalence import compare as compare
-    from repnet.folding import reparameterize as reparameterize
-    from repnet.graph import reparameterize_graph as reparameterize_graph
+    from repnet.fold import reparameterize as reparameterize
+    from repnet.fold import reparameterize_graph as reparameterize_graph
     from repnet.kernel import ConvKernel as ConvKernel
     from repnet.kernel import NotFoldableError as NotFoldableError
     from repnet.models import create_model as create_model
     from repnet.models import list_models as list_models
-    from repnet.proof import FoldReport as FoldReport
+    from repnet.fold import FoldReport as FoldReport
     from repnet.surgery import overparameterize as overparameterize
     from repnet.symbolic import kernel_of as kernel_of
     from repnet.weights import convert_weights as convert_weights
@@ -31,7 +31,7 @@ _HOMES = {
     "ConvKernel": "kernel",
     "Equivalence": "equivalence",
     "FoldMismatchError": "equivalence",
-    "FoldReport": "proof",
+    "FoldReport": "fold",
     "NotFoldableError": "kernel",
     "compare": "equivalence",
     "convert_weights": "weights",
@@ -42,8 +42,8 @@ _HOMES = {
     "load_deployed": "deploy.artifact",
     "load_weights": "weights",
     "overparameterize": "surgery",
-    "reparameterize": "folding",
-    "reparameterize_graph": "graph",
+    "reparameterize": "fold",
+    "reparameterize_graph": "fold",
     "save_deployed": "deploy.artifact",
 }
 _PACKAGES = (

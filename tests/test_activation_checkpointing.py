@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from repnet.blocks import Block
 from repnet.errors import InputError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.models import create_model
 from repnet.training import checkpoint_activations
 from tests.models import randomize_batch_norm, relative_error

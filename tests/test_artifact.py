@@ -20,7 +20,7 @@ from repnet.deploy import folded_layers
 from repnet.deploy.artifact import load_deployed, read_description, save_deployed
 from repnet.errors import InputError
 from repnet.files import sha256
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.models import create_model
 from repnet.spec import build, choices
 from tests.models import randomize_batch_norm, relative_error

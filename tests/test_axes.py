@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.convolution import as_module
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.kernel import ConvKernel, NotFoldableError, add, concat
 from repnet.layers import Concat, Sum
 from repnet.symbolic import kernel_of

@@ -27,7 +27,7 @@ from repnet.blocks import (
     TransposedBlock,
 )
 from repnet.blocks.unireplk import BRANCHES
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.kernel import NotFoldableError
 from repnet.layers import (
     Concat,

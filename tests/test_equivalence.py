@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repnet.blocks import RepVGGBlock
 from repnet.equivalence import BlockError, Equivalence, FoldMismatchError, Inputs, compare
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from tests.models import randomize_batch_norm
 
 NAMES = ["0.conv", "1.conv", "2.conv"]

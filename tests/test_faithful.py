@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from tests.models import randomize_batch_norm, relative_error
 
 METHODS = ("modules", "graph")

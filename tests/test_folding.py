@@ -18,12 +18,12 @@ from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
 from repnet.blocks import RepVGGBlock
 from repnet.equivalence import FoldMismatchError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.kernel import ConvKernel
 from repnet.layers import Scale, Sum, conv, conv_bn
 from repnet.models import create_model
-from repnet.proof import FoldReport
-from repnet.scaling import absorb
+from repnet.fold import FoldReport
+
 from repnet.symbolic import kernel_of
 from tests.models import randomize_batch_norm, relative_error
 

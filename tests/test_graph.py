@@ -17,8 +17,8 @@ from torchvision.ops import SqueezeExcitation
 
 from repnet.convolution import as_module
 from repnet.equivalence import FoldMismatchError
-from repnet.folding import reparameterize
-from repnet.graph import reparameterize_graph
+from repnet.fold import reparameterize
+from repnet.fold import reparameterize_graph
 from repnet.kernel import ConvKernel
 from repnet.layers import Scale, Sum, conv, conv_bn
 from tests.models import randomize_batch_norm, relative_error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repnet.equivalence import FoldMismatchError, compare
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.health import norm_health, weight_health
 from repnet.layers import conv, conv_bn
 from tests.models import randomize_batch_norm, relative_error

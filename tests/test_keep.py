@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.kernel import NotFoldableError
 from repnet.layers import Sum, conv, conv_bn
 from repnet.surgery import overparameterize

@@ -16,7 +16,7 @@ from repnet.blocks import Block, MobileOneBlock, PlainBlock, ResidualBlock
 from repnet.complexity import count_macs, count_parameters
 from repnet.deploy.artifact import load_deployed, save_deployed
 from repnet.errors import InputError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.layers import conv_bn
 from repnet.models import create_model, list_models
 from repnet.spec import CONFIGS, choices, load_choice

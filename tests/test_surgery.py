@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.layers import conv_bn
 from repnet.spec import CONFIGS, build, load_choice
 from repnet.surgery import inserted_blocks, overparameterize

@@ -15,7 +15,7 @@ from torch.nn import functional
 from repnet.equivalence import Inputs
 from repnet.layers import conv, conv_bn
 from repnet.precision import InFloat64
-from repnet.shapes import observe
+from repnet.fold.observe import observe
 from repnet.tracing import Recording, RecordingError, record
 from tests.models import randomize_batch_norm, relative_error
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.blocks import ACBlock, Block, DiverseBranchBlock, PlainBlock, ResidualBlock
 from repnet.errors import InputError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.models import MobileOne, RepVGG, create_model
 from repnet.weights import convert_weights, load_weights, read_weights
 from repnet.weights.__main__ import main

@@ -22,7 +22,7 @@ from repnet.deploy.artifact import (
 )
 from repnet.deploy.formats import format_named
 from repnet.errors import InputError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.models import create_model, list_models
 from repnet.spec import MODEL_PACKAGES, build, unknown_name
 

@@ -19,7 +19,7 @@ from repnet.callbacks.reparameterize import (
     network_inputs,
     step_arguments,
 )
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 
 
 class FoldedValidation(Callback):

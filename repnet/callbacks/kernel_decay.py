@@ -19,8 +19,8 @@ from repnet.callbacks.reparameterize import as_example, find_network
 from repnet.convolution import Layer
 from repnet.equivalence import Inputs
 from repnet.errors import InputError
-from repnet.folding import reparameterize
-from repnet.shapes import without_values
+from repnet.fold import reparameterize
+from repnet.fold.observe import without_values
 from repnet.surroundings import prepared
 from repnet.symbolic import kernel_of, twin
 

@@ -7,7 +7,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from repnet.callbacks.reparameterize import as_example, find_network, network_inputs
 from repnet.equivalence import FoldMismatchError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.health import norm_health
 
 

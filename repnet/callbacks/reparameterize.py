@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from repnet.callbacks.overparameterize import metrics_and_losses
 from repnet.equivalence import Equivalence, FoldMismatchError, Inputs, compare
 from repnet.files import write_atomically, write_json
-from repnet.folding import FoldReport, reparameterize
+from repnet.fold import FoldReport, reparameterize
 from repnet.symbolic import evaluating
 
 # Predictions that change while all outputs agree this well, in roundings of the dtype, are ties.

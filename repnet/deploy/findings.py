@@ -17,7 +17,7 @@ from repnet.deploy.evaluation import Close, Evaluation
 from repnet.deploy.kernel_pictures import kernel_pictures, pictured_blocks
 from repnet.deploy.where import where
 from repnet.equivalence import TOLERANCES, Equivalence
-from repnet.proof import FoldReport
+from repnet.fold import FoldReport
 
 MOST_CLASSES = 200  # of a confusion matrix; of more, the pairs that are confused most
 WORST_PAIRS = 50

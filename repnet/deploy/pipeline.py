@@ -36,7 +36,7 @@ from repnet.deploy.structure import check_structure
 from repnet.equivalence import FoldMismatchError
 from repnet.errors import InputError
 from repnet.files import sha256, write_json
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.spec import DATA_PACKAGES, build
 
 PROOF_SAMPLES = 4  # real images on which every block is compared in float64

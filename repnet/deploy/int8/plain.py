@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repnet.blocks.block import Block
 from repnet.checkpoint import MODEL_PREFIX, find_checkpoint, model_from, read_checkpoint
 from repnet.errors import InputError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.layers import Sum
 from repnet.symbolic import evaluating
 from repnet.weights import load_weights

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repnet.deploy.int8.fake import quantized_activation, quantized_weight
 from repnet.deploy.int8.graph import REMEDY
 from repnet.errors import InputError
-from repnet.folding import reparameterize
+from repnet.fold import reparameterize
 from repnet.symbolic import evaluating
 
 BATCH = 16  # images at a time: at 224 pixels about 0.2 GiB for RepVGG-A0

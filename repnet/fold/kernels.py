@@ -1,0 +1,217 @@
+"""`Kernels`: the nodes of recorded frames, run on a `ConvKernel` in place of an input."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from repnet.convolution import Layer
+from repnet.fold.record import Frame
+from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
+from repnet.precision import InFloat64
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+UPSAMPLING = (
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
+CONVOLVING = (
+    functional.linear,
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    *UPSAMPLING,
+)
+
+
+class Kernels:
+    """Runs the nodes of frames on kernels, in float64.
+
+    Args:
+        model: whose frames they are: a copy without hooks, on the meta device for shapes alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.model = model
+        self.constants: dict[fx.Node, Any] = {}
+        self.calls: dict[tuple[Any, int], Any] = {}  # what a module makes of an identity
+
+    def identity(self, node: fx.Node) -> ConvKernel:
+        """Return `x -> x` for the tensor of a node, `(batch, channels, ...)`."""
+        shape = node.meta.get("shape", ())
+        if not 2 <= len(shape) <= 5:
+            raise NotFoldableError("a kernel has 0 to 3 spatial axes")
+        device = next((t.device for t in self.model.parameters()), None)
+        return ConvKernel.identity(
+            shape[1], axes=len(shape) - 2, dtype=torch.float64, device=device
+        )
+
+    def frame(self, frame: Frame, kernel: ConvKernel) -> Any:
+        """Return what the forward of a frame makes of a kernel.
+
+        Raises:
+            NotFoldableError: not a kernel.
+        """
+        values: dict[fx.Node, Any] = {}
+        for node in frame.graph.nodes:
+            if node.op == "placeholder":
+                if "shape" in node.meta:
+                    values[node] = kernel
+            elif node.op == "output":
+                (result,) = node.args
+                return values.get(result) if isinstance(result, fx.Node) else None
+            elif not node.meta.get("constant") and node.users:
+                values[node] = self.node(node, values)
+        return None
+
+    def node(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """Return what a node computes.
+
+        Args:
+            node: neither placeholder nor output.
+            values: of the nodes that it reads, except the constants.
+
+        Raises:
+            NotFoldableError: it is no kernel.
+        """
+
+        def value(argument: fx.Node) -> Any:
+            if argument in values:
+                return values[argument]
+            if argument.meta.get("constant"):
+                return self.constant(argument)
+            raise NotAffineError("it depends on a size, or on another input")
+
+        args: Any = map_arg(node.args, value)
+        kwargs: Any = map_arg(node.kwargs, value)
+        try:
+            if node.op == "call_module":
+                return self._module(node, args, kwargs)
+            with InFloat64():
+                return _run(node, args, kwargs)
+        except NotFoldableError:
+            raise
+        except Exception as error:  # anything may be called
+            raise NotAffineError(f"it cannot be followed: {error}") from error
+
+    def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], ConvKernel):
+            raise NotAffineError("it takes more than one tensor")
+        x, child = args[0], node.meta.get("frame")
+        key = (node.target if child is None else child, x.axes)
+        if key not in self.calls:
+            identity = ConvKernel.identity(
+                x.out_channels, axes=x.axes, dtype=torch.float64, device=x.device
+            )
+            try:
+                self.calls[key] = self._call(str(node.target), child, identity)
+            except NotFoldableError as error:
+                self.calls[key] = error
+        found = self.calls[key]
+        if isinstance(found, NotFoldableError):
+            raise found
+        if not isinstance(found, ConvKernel) or found.in_channels != x.out_channels:
+            raise NotAffineError("it is no convolution of its input")
+        return x.then(found)
+
+    def _call(self, name: str, child: Frame | None, identity: ConvKernel) -> Any:
+        """Return what a module makes of an identity."""
+        if child is not None:
+            if child.unclear or child.decisions:
+                raise NotAffineError("its forward branches, or cannot be followed")
+            return self.frame(child, identity)
+        module = self.modules[name]
+        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+            raise NotFoldableError("it is in training mode")
+        with InFloat64():
+            return module(identity)
+
+    def constant(self, node: fx.Node) -> Any:
+        """Return the value of a node that no input reaches."""
+        if node not in self.constants:
+            if node.op == "get_attr":
+                value: Any = self.model
+                for name in str(node.target).split("."):
+                    if name == "?":
+                        raise NotFoldableError("a tensor is kept in a container")
+                    value = getattr(value, name)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), self.constant)  # type: ignore
+                with torch.no_grad(), InFloat64():
+                    value = _run(node, args, kwargs)
+            self.constants[node] = value
+        return self.constants[node]
+
+    def weight(self, node: fx.Node) -> Tensor | None:
+        """Return the weight of a call of a convolution or linear layer, None for anything else."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return module.weight if isinstance(module, Layer) else None
+        if node.op == "call_function" and node.target in CONVOLVING:
+            found = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            if isinstance(found, fx.Node) and found.meta.get("constant"):
+                weight = self.constant(found)
+                return weight if isinstance(weight, Tensor) else None
+        return None
+
+    def multiplications(self, node: fx.Node) -> int:
+        """Return the multiplications of all convolution and linear layers that a node runs."""
+        child = node.meta.get("frame")
+        weight = self.weight(node)
+        if child is not None:
+            return sum(self.multiplications(n) for n in child.graph.nodes)
+        if weight is None:
+            return 0
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        upsamples = isinstance(module, TRANSPOSED) or node.target in UPSAMPLING
+        where = node.all_input_nodes[0] if upsamples else node
+        shape = where.meta.get("shape") or (0,)
+        axis = -1 if isinstance(module, nn.Linear) or node.target is functional.linear else 1
+        return weight.numel() * (torch.Size(shape).numel() // max(1, shape[axis]))
+
+    def convolutions(self, node: fx.Node) -> int:
+        """Return how many convolution and linear layers a node runs."""
+        child = node.meta.get("frame")
+        if child is not None:
+            return sum(self.convolutions(n) for n in child.graph.nodes)
+        return int(self.weight(node) is not None)
+
+    def norms(self, node: fx.Node) -> int:
+        """Return how many batch norms a node runs."""
+        child = node.meta.get("frame")
+        if child is not None:
+            return sum(self.norms(n) for n in child.graph.nodes)
+        if node.op == "call_module":
+            return int(isinstance(self.modules[str(node.target)], _BatchNorm))
+        return int(node.target is functional.batch_norm)
+
+
+def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.meta.get("in_place"):
+        args = (_separate(args[0]), *args[1:])
+    if node.op == "call_method":
+        result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        assert callable(node.target)
+        result = node.target(*args, **kwargs)
+    return args[0] if result is None else result
+
+
+def _separate(value: Any) -> Any:
+    """Return a copy to change in place: the graph has nodes of its own for before and after."""
+    if not isinstance(value, ConvKernel):
+        return value.clone() if isinstance(value, Tensor) else value
+    value = copy.copy(value)
+    vars(value).pop("_is_shared", None)
+    if "_border" in vars(value):
+        vars(value)["_border"] = [*vars(value)["_border"]]
+    return value

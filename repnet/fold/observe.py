@@ -1,0 +1,137 @@
+"""`observe`: runs a model under observation, and once more with other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from repnet.equivalence import Inputs
+from repnet.fold.record import Recorder
+from repnet.fold.survey import Survey, is_opaque
+from repnet.precision import InFloat64
+from repnet.symbolic import twin
+
+
+def observe(
+    model: nn.Module, inputs: Inputs, inlined: Callable[[str], bool] = lambda name: False
+) -> Survey:
+    """Return what runs of a model say about its modules.
+
+    The model runs without values where that is possible, and else as it is.
+
+    Args:
+        model: not changed.
+        inputs: of `forward`, in the dtype of the model.
+        inlined: names of modules that are written into the frame of their caller.
+
+    Raises:
+        ValueError: the model cannot run on these inputs.
+    """
+    without = Inputs(*tree_map(without_values, (inputs.args, inputs.kwargs or {})))
+    copy = prepared_copy(model, device="meta")
+    try:
+        first = _run(copy, without, inlined, torch.no_grad())
+        return Survey(model, [first, *_second(copy, without, inlined, meta=True)])
+    except Exception:  # forward reads values, or a function is not implemented without them
+        pass
+    copy = prepared_copy(model)
+    try:
+        first = _run(copy, inputs, inlined, torch.no_grad())
+    except Exception:
+        try:
+            with InFloat64():
+                first = _run(prepared_copy(model), inputs, inlined, torch.no_grad())
+        except Exception as error:  # forward is anyone's code
+            raise ValueError(f"the model cannot run on example_input: {error}") from error
+        return Survey(model, [first])
+    return Survey(model, [first, *_second(copy, inputs, inlined, meta=False)])
+
+
+def prepared_copy(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a copy that shares its tensors; in evaluation mode if the model is in training."""
+    copy = twin(model, device=device)
+    return copy.eval() if model.training else copy
+
+
+def without_values(value: Any) -> Any:
+    """Return a tensor of the same shape and dtype on the meta device; anything else unchanged."""
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+
+def _run(
+    copy: nn.Module,
+    inputs: Inputs,
+    inlined: Callable[[str], bool],
+    mode: AbstractContextManager[Any],
+    *,
+    keeps: bool = True,
+) -> Recorder:
+    recorder = Recorder(copy, is_opaque, inlined)
+    meta = any(t.is_meta for t in (*copy.parameters(), *copy.buffers()))
+    given: Any = tree_map(_clone, (inputs.args, inputs.kwargs or {}))
+    with mode, torch.device("meta") if meta else nullcontext(), torch.random.fork_rng(devices=[]):
+        output = recorder.run(*given)
+    if keeps:
+        recorder.mark_escaped()
+    del output, given
+    return recorder
+
+
+def _second(
+    copy: nn.Module, inputs: Inputs, inlined: Callable[[str], bool], *, meta: bool
+) -> list[Recorder]:
+    """Return a run on other sizes, in another dtype and with gradients, as far as that is possible.
+
+    A graph of the autograd engine keeps tensors, so that what a forward keeps is not seen here.
+    """
+    for other in _varied(inputs):
+        if meta:
+            try:
+                floating = [t.dtype for t in copy.parameters() if t.is_floating_point()]
+                dtype = torch.float64 if torch.float64 not in floating else torch.float32
+                copy.to(dtype)
+                return [_run(copy, other.to(dtype), inlined, torch.enable_grad(), keeps=False)]
+            except Exception:  # it may have good reasons
+                pass
+        try:
+            return [_run(copy, other, inlined, torch.no_grad())]
+        except Exception:  # not every model takes every size
+            continue
+    return []
+
+
+def _varied(inputs: Inputs) -> Iterator[Inputs]:
+    """Yield inputs of other sizes: all of them, the batch, the image."""
+    for batch, space in ((True, True), (True, False), (False, True)):
+
+        def vary(value: Any, nested: bool = False, batch: bool = batch, space: bool = space) -> Any:
+            if isinstance(value, tuple | list):
+                return type(value)(vary(v, True) for v in value)
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                return value
+            shape = list(value.shape)
+            image = nested and value.ndim == 3
+            if batch and not image:
+                shape[0] += 2
+            if space:
+                first = 1 if image else 2 if value.ndim > 3 else 1 if value.ndim == 3 else 9
+                for axis in range(first, value.ndim - (value.ndim == 3 and not image)):
+                    shape[axis] += 32 * (axis if value.ndim > 3 or image else 1)
+            if value.is_meta:
+                return value.new_empty(shape)
+            random = value.is_floating_point()
+            return value.new_empty(shape).normal_() if random else value.new_zeros(shape)
+
+        yield Inputs(
+            tuple(vary(v) for v in inputs.args),
+            {k: vary(v) for k, v in (inputs.kwargs or {}).items()},
+        )
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

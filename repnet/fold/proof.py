@@ -1,0 +1,151 @@
+"""`prove`: compares a folded copy with its model, and says which folds have to be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from repnet.equivalence import (
+    TOLERANCES,
+    Equivalence,
+    FoldMismatchError,
+    Inputs,
+    compare,
+)
+from repnet.fold.core import Built
+from repnet.precision import InFloat64
+from repnet.symbolic import twin
+
+
+class Proof:
+    """What is known of a model, to compare folded copies with.
+
+    Args:
+        source: the model.
+        inputs: of it, in float64.
+
+    Raises:
+        ValueError: the model cannot run on the inputs.
+    """
+
+    def __init__(self, source: nn.Module, inputs: Inputs) -> None:
+        self.source, self.inputs = source, inputs
+        self.exact: list[Any] = []  # what the model returned last
+        self.has_values = not any(t.is_meta for t in (*source.parameters(), *source.buffers()))
+
+    def measure(self, built: Built) -> Equivalence | None:
+        """Return how far a folded copy is from the model; None where nothing has values.
+
+        Raises:
+            FoldMismatchError: the copy does not run.
+            ValueError: the model does not run.
+        """
+        if not self.has_values:
+            return None
+        reference = twin(self.source)  # a run may keep things aside, which must not stay in it
+        self.exact.clear()
+        reference.register_forward_hook(lambda module, args, output: self.exact.append(output))
+        names = list(dict.fromkeys(name for _, name in built.folds))
+        try:
+            with InFloat64():
+                return compare(reference, twin(built.model), [self.inputs], names=names)
+        except FoldMismatchError:
+            raise
+        except Exception as error:  # forward is anyone's code
+            raise ValueError(f"the model cannot run on example_input: {error}") from error
+
+    def culprits(
+        self, built: Built, rebuild: Callable[[set[str]], Built]
+    ) -> tuple[Equivalence | None, dict[str, str]]:
+        """Return what was measured, and the folds that are wrong, by name with the reason.
+
+        Args:
+            built: a folded copy.
+            rebuild: returns a copy with the named folds alone.
+        """
+        block, outputs = TOLERANCES[torch.float64]
+        message = "something outside of it reads what was folded"
+        found: Equivalence | None = None
+        try:
+            found = self.measure(built)
+        except FoldMismatchError as error:
+            message = str(error.__cause__ or error)
+        else:
+            if found is None:
+                return None, {}
+            errors = {b.name: b.relative_error for b in found.blocks}
+            root = type(self.source).__name__
+            wrong = {
+                fold.name: f"its convolution differs from it by {errors[name or root]:.1e}"
+                for fold, name in built.folds
+                if not errors.get(name or root, 0.0) <= block
+            }
+            if wrong:
+                return found, wrong
+            error_of_rest = found.rest_error if found.blocks else found.max_relative_error
+            if error_of_rest <= outputs or not built.folds:
+                return found, {}
+        names = list(dict.fromkeys(fold.name for fold, _ in built.folds))
+        return found, {self._first_wrong(names, rebuild): f"put back: {message}"}
+
+    def _first_wrong(self, names: list[str], rebuild: Callable[[set[str]], Built]) -> str:
+        """Return the first fold with which the copy is wrong, given those before it."""
+        right, wrong = 0, len(names)
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            if self._holds(rebuild(set(names[:middle]))):
+                right = middle
+            else:
+                wrong = middle
+        return names[wrong - 1]
+
+    def _holds(self, built: Built) -> bool:
+        try:
+            found = self.measure(built)
+        except FoldMismatchError:
+            return False
+        assert found is not None
+        return (found.rest_error if found.blocks else found.max_relative_error) <= TOLERANCES[
+            torch.float64
+        ][1]
+
+    def stored(self, built: Built) -> Equivalence | None:
+        """Compare the copy as it is stored and runs with the exact outputs of the model."""
+        if not self.has_values:
+            return None
+        stored = _Stored(twin(built.model), [dtype for _, _, dtype in built.made])
+        return compare(_Recalled(self.exact), stored, [self.inputs], names=[])
+
+
+class _Recalled(nn.Module):
+    """Returns what a model returned before."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.outputs[0]
+
+
+class _Stored(nn.Module):
+    """Runs a model in the dtype in which it is stored, or else with its weights in float64."""
+
+    def __init__(self, model: nn.Module, dtypes: list[torch.dtype]) -> None:
+        super().__init__()
+        self.model = model
+        tensors = chain(model.parameters(), model.buffers())
+        floating = (t.dtype for t in tensors if t.is_floating_point())
+        self.dtype = next(iter(dtypes), next(floating, torch.get_default_dtype()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = Inputs(args, kwargs)
+        try:
+            return inputs.to(self.dtype)(self.model)
+        except Exception:  # not every function knows half precision on every device
+            with InFloat64():
+                return inputs(self.model)

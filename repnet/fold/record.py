@@ -1,0 +1,812 @@
+"""`record`: one run of a model, with the graph of each module's own forward.
+
+The model runs once, on real tensors (without values where that is possible), while a
+`TorchFunctionMode` sees every torch function that a forward calls, and a patched
+`nn.Module.__call__` sees every call of a child. Both are written into the `Frame` of the module
+whose forward is running: a small `fx.Graph` in which the children are opaque calls. Nothing about
+the run is pretended, so that whatever runs can be recorded: `isinstance`, asserts on dtypes,
+lists, keyword calls, tensors kept in attributes.
+
+What a run cannot show is what the forward would do with another input. Three things tell that:
+
+- Sizes are `Dim`s, integers that know where they come from. Arithmetic on them becomes part of the
+  graph; a comparison is noted as a decision of the frame. Reading the values of a tensor is one,
+  too. `explore` runs a forward again with each decision taken the other way.
+- Arguments that are not tensors, and those that were left out, are noted as `frozen`.
+- `record` runs the model a second time with other sizes, another dtype and gradients enabled. What
+  was frozen without being noted (`range(x.shape[2])`, `torch.is_grad_enabled()`) differs there.
+
+A tensor that outlives the run without being returned was kept aside by someone: it has a user that
+no graph shows, and is marked as escaped.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import math
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+# Read values of a tensor into Python.
+VALUES = {
+    "__array__", "__bool__", "__complex__", "__contains__", "__float__", "__index__", "__int__",
+    "allclose", "equal", "is_nonzero", "item", "numpy", "tolist",
+}  # fmt: skip
+# Give another result each time, and so are no constants.
+RANDOM = {
+    "bernoulli", "bernoulli_", "dropout", "multinomial", "normal", "normal_", "rand", "rand_like",
+    "randint", "randint_like", "randn", "randn_like", "randperm", "uniform_",
+}  # fmt: skip
+MOST_PATHS = 32  # through one forward, in an exploration
+MOST_DECISIONS = 12
+
+
+class RecordingError(RuntimeError):
+    """A run cannot be recorded on these inputs."""
+
+
+class Frame:
+    """One call of one module, as the graph of what its own forward did.
+
+    Nodes have in `node.meta`: "shape" and "dtype" of a tensor; "constant" where no input reaches
+    it; "escaped" where somebody keeps the tensor; "changed" where a view of it was changed in
+    place; "in_place" where the node changes its first argument; "frame" of a module that was called.
+
+    Args:
+        recorder: of the run.
+        name: of the module in the model.
+        module: which is running.
+        parent: the frame that calls it, None for the model itself.
+    """
+
+    def __init__(
+        self, recorder: Recorder, name: str, module: nn.Module, parent: Frame | None
+    ) -> None:
+        self.recorder, self.name, self.module, self.parent = recorder, name, module, parent
+        self.graph = fx.Graph()
+        self.frozen: dict[str, Any] = {}  # arguments that are no tensors, and that forward reads
+        self.decisions: list[tuple[fx.Node, Any, bool]] = []  # value, and whether it can be forced
+        self.unclear = ""  # why the graph does not tell what the forward does
+        self.rewritable = True  # a graph can stand for the forward
+        self.plain_call = False  # one tensor came in, as the first argument
+        self.known: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
+        self.bound: list[tuple[weakref.ref[Tensor], fx.Node]] = []
+        self.returned: list[weakref.ref[Tensor]] = []
+        self.attributes: dict[str, fx.Node] = {}
+        self.inputs: Any = None  # what `explore` needs to call it again
+
+    # What comes in and goes out
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Make placeholders of the arguments of a call; return the arguments for it."""
+        parameters, reads = _signature(self.module)
+        try:
+            bound = inspect.Signature(parameters).bind(*args, **kwargs).arguments
+        except TypeError:  # forward will say what is wrong
+            return args, kwargs
+        self.plain_call = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        for parameter in parameters:
+            name, given = parameter.name, parameter.name in bound
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                bound[name] = tuple(
+                    self._argument(f"{name}_{n}", v) for n, v in enumerate(bound.get(name, ()))
+                )
+                self._freeze(name, len(bound[name]), reads)
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                self._freeze(name, sorted(bound.get(name, {})), reads)
+                bound[name] = {k: self._argument(k, v) for k, v in bound.get(name, {}).items()}
+            elif given:
+                bound[name] = self._argument(name, bound[name], parameter.default)
+                if not _holds_tensors(bound[name]):
+                    self._freeze(name, bound[name], reads)
+            else:
+                self._placeholder(name, parameter.default, parameter.default)
+                self._freeze(name, parameter.default, reads)
+        arguments = inspect.BoundArguments(inspect.Signature(parameters), bound)
+        self.inputs = _map((arguments.args, arguments.kwargs), Tensor, _Shape)
+        return arguments.args, arguments.kwargs
+
+    def _freeze(self, name: str, value: Any, reads: frozenset[str]) -> None:
+        if name in reads and not isinstance(value, Dim | Ratio):
+            self.frozen[name] = value
+
+    def _placeholder(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
+        default = () if default is inspect.Parameter.empty else (default,)
+        node = self.graph.placeholder(name) if not default else self.graph.create_node(
+            "placeholder", name, default
+        )  # fmt: skip
+        if isinstance(value, int | float | str | bool | None):
+            node.meta["value"] = value
+        return node
+
+    def _argument(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
+        node = self._placeholder(name, value, default)
+        if isinstance(value, list | dict):
+            self.rewritable = False  # forward may change the container of its caller
+        return self.bind(value, node)
+
+    def leave(self, output: Any) -> None:
+        """Write down what the forward returns."""
+        for tensor in tensors_in(output):
+            self.returned.append(weakref.ref(tensor))
+        self.graph.output(self._rebuilt(output))
+        decided = {node for node, _, _ in self.decisions}
+        for node in reversed(self.graph.nodes):
+            # Sizes that were read and not used are no users of a tensor.
+            if node.op == "call_function" and not node.users and node not in decided:
+                if "shape" not in node.meta or node.target is getattr:
+                    self.graph.erase_node(node)
+
+    def _rebuilt(self, value: Any) -> Any:
+        """Return a value of the graph for an output, of the same class."""
+        if isinstance(value, Tensor | Dim | Ratio):
+            return self.node(value)
+        kind = type(value)
+        if kind in (tuple, list):
+            return kind(self._rebuilt(v) for v in value)
+        if kind is dict:
+            return {k: self._rebuilt(v) for k, v in value.items()}
+        if not _holds_tensors(value):
+            if not isinstance(value, (int, float, str, bool, complex, type(None))):
+                self.rewritable = False
+            return value
+        arguments: tuple[Any, ...] = ()
+        named: dict[str, Any] = {}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            arguments = tuple(self._rebuilt(v) for v in value)
+        elif is_dataclass(value):
+            named = {f.name: self._rebuilt(getattr(value, f.name)) for f in fields(value)}
+        elif isinstance(value, Mapping):
+            arguments = ([(k, self._rebuilt(v)) for k, v in value.items()],)
+        else:
+            self.rewritable = False
+            return [self._rebuilt(v) for v in tensors_in(value)]
+        return self.graph.call_function(kind, arguments, named)
+
+    # Which node a value has
+
+    def bind(self, value: Any, node: fx.Node) -> Any:
+        """Let `node` stand for `value`; return the value, with sizes that belong to this frame."""
+        if isinstance(value, Tensor):
+            self._bind_tensor(value, node)
+            return value
+        if isinstance(value, Dim | Ratio):
+            return type(value)(value, self, node)
+        if isinstance(value, torch.Size):
+            return value
+        if isinstance(value, tuple | list):
+            items = [self._bind_item(v, node, operator.getitem, n) for n, v in enumerate(value)]
+            if all(a is b for a, b in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                self._bind_item(item, node, operator.getitem, key)
+        elif is_dataclass(value) and not isinstance(value, type):
+            for field in fields(value):
+                self._bind_item(getattr(value, field.name), node, getattr, field.name)
+        elif isinstance(getattr(value, "__dict__", None), dict) and _holds_tensors(value):
+            for key, item in vars(value).items():
+                self._bind_item(item, node, getattr, key)
+        return value
+
+    def _bind_item(self, value: Any, node: fx.Node, function: Any, key: Any) -> Any:
+        if not _holds_tensors(value) and not isinstance(value, Dim | Ratio | torch.Size):
+            return value
+        return self.bind(value, self.call(function, (node, key)))
+
+    def _bind_tensor(self, value: Tensor, node: fx.Node) -> None:
+        reference = weakref.ref(value)
+        self.known[id(value)] = (reference, node)
+        node.meta["shape"], node.meta["dtype"] = value.shape, value.dtype
+        if node.op != "placeholder":
+            self.bound.append((reference, node))
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+        """Add a call of a function on values or nodes."""
+        node = self.graph.call_function(function, self.node(args), self.node(kwargs or {}))
+        node.meta["constant"] = _is_constant(node)
+        return node
+
+    def node(self, value: Any) -> Any:
+        """Return an argument with nodes in the place of tensors and sizes."""
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, Dim | Ratio):
+            if value.frame is self:
+                return value.node
+            self.decisions.append((self.graph.call_function(abs, (0,)), value, False))
+            return int(value) if isinstance(value, int) else float(value)
+        kind = type(value)
+        if kind in (tuple, list, torch.Size):
+            items = [self.node(v) for v in value]
+            return items if kind is list else tuple(items)
+        if kind is dict:
+            return {k: self.node(v) for k, v in value.items()}
+        if kind is slice:
+            return slice(self.node(value.start), self.node(value.stop), self.node(value.step))
+        if isinstance(value, tuple | list | Mapping) and _holds_tensors(value):
+            self.rewritable = False
+            return [self.node(t) for t in tensors_in(value)]
+        return value
+
+    def _tensor(self, tensor: Tensor) -> fx.Node:
+        found = self.known.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            return found[1]
+        name = self.recorder.constants.get(id(tensor))
+        if name is not None:
+            return self.attribute(name, tensor)
+        for frame in self.recorder.frames[::-1]:
+            other = frame.known.get(id(tensor))
+            if other is not None and other[0]() is tensor:
+                other[1].meta["escaped"] = True
+        self.unclear = self.unclear or "it uses a tensor whose origin cannot be followed"
+        node = self.graph.create_node("get_attr", "_unknown")
+        self._bind_tensor(tensor, node)
+        return node
+
+    def attribute(self, name: str, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor that the model holds."""
+        if name not in self.attributes:
+            first = next(iter(self.graph.nodes), None)
+            with self.graph.inserting_before(first):
+                node = self.attributes[name] = self.graph.create_node("get_attr", name)
+            node.meta.update(constant=True, shape=tensor.shape, dtype=tensor.dtype)
+        return self.attributes[name]
+
+    def decide(self, node: fx.Node, value: Any, *, forced: bool = True) -> Any:
+        """Note that the forward goes on with a value; return it, or what a script says."""
+        script = self.recorder.script
+        if script is not None and self is self.recorder.frames[0]:
+            if not forced:
+                raise RecordingError("forward reads a number")
+            if len(self.decisions) < len(script):
+                value = script[len(self.decisions)]
+        self.decisions.append((node, value, forced))
+        return value
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def signature(self) -> list[Any]:
+        """Return what two frames have in common that did the same, whatever the sizes."""
+        order = {node: f"%{n}" for n, node in enumerate(self.graph.nodes)}
+
+        def written(value: Any) -> Any:
+            return fx.node.map_aggregate(value, lambda v: order.get(v, v))  # type: ignore[arg-type]
+
+        found: list[Any] = [
+            (n.op, n.target if n.op != "placeholder" else n.name, repr(written((n.args, n.kwargs))))
+            for n in self.graph.nodes
+        ]
+        return [*found, repr(self.frozen), self.unclear, [v for _, v, _ in self.decisions]]
+
+
+class _Shape:
+    """What `explore` makes a tensor of."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+
+class _Tracked:
+    """A number that a forward computed from sizes, with the node that computes it."""
+
+    frame: Frame
+    node: fx.Node
+
+    def __new__(cls, value: Any, frame: Frame, node: fx.Node) -> Any:
+        self = super().__new__(cls, value)  # type: ignore[call-arg]
+        self.frame, self.node = frame, node
+        node.meta.setdefault("value", self._plain())
+        return self
+
+    __hash__: Any
+
+    def __reduce__(self) -> Any:
+        return (int if isinstance(self, int) else float, (self._plain(),))
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def _plain(self) -> Any:
+        return int.__int__(self) if isinstance(self, int) else float.__float__(self)  # type: ignore
+
+
+class Dim(_Tracked, int):
+    """An integer that a forward computed from sizes."""
+
+
+class Ratio(_Tracked, float):
+    """A floating-point number that a forward computed from sizes."""
+
+
+def _plain(value: Any) -> Any:
+    return value._plain() if isinstance(value, _Tracked) else value
+
+
+def _arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compute(*values: Any) -> Any:
+        if any(not isinstance(v, int | float) for v in values):
+            return NotImplemented
+        result = function(*(_plain(v) for v in values))
+        if not isinstance(result, int | float):
+            return result
+        frame = next(v for v in values if isinstance(v, _Tracked)).frame
+        kind = Dim if isinstance(result, int) else Ratio
+        return kind(result, frame, frame.call(function, values))
+
+    return compute
+
+
+def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    compute = _arithmetic(function)
+    return lambda self, other: compute(other, self)
+
+
+def _comparison(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compare(self: Any, other: Any = None) -> Any:
+        values = (self,) if function is bool else (self, other)
+        if any(not isinstance(v, int | float) for v in values):
+            return NotImplemented
+        result = function(*(_plain(v) for v in values))
+        return self.frame.decide(self.frame.call(function, values), result)
+
+    return compare
+
+
+def _number(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make of a size a number that cannot be followed any further."""
+
+    def convert(self: Any) -> Any:
+        return self.frame.decide(self.node, function(self._plain()), forced=False)
+
+    return convert
+
+
+for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+    _function = getattr(operator, _name)
+    setattr(_Tracked, f"__{_name}__", _arithmetic(_function))
+    setattr(_Tracked, f"__r{_name}__", _swapped(_function))
+for _name in ("neg", "pos", "abs"):
+    setattr(_Tracked, f"__{_name}__", _arithmetic(getattr(operator, _name)))
+for _name in ("ceil", "floor", "trunc"):
+    setattr(_Tracked, f"__{_name}__", _arithmetic(getattr(math, _name)))
+_Tracked.__round__ = _arithmetic(round)  # type: ignore[attr-defined]
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(_Tracked, f"__{_name}__", _comparison(getattr(operator, _name)))
+_Tracked.__bool__ = _comparison(bool)  # type: ignore[attr-defined]
+_Tracked.__hash__ = _number(hash)
+_Tracked.__int__ = _number(int)  # type: ignore[attr-defined]
+_Tracked.__float__ = _number(float)  # type: ignore[attr-defined]
+
+
+class Recorder(TorchFunctionMode):
+    """Sees a run; `calls` has its frames, `leaves` the calls of modules without a frame.
+
+    Args:
+        model: which runs.
+        opaque: whether a module is called as a whole.
+        inlined: whether what a module does is written into the frame of its caller.
+        script: what the first frame is to decide, in order; None to let it decide.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        opaque: Callable[[nn.Module, str], bool],
+        inlined: Callable[[str], bool] = lambda name: False,
+        script: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.opaque, self.inlined, self.script = model, opaque, inlined, script
+        self.names = {module: name for name, module in model.named_modules()}
+        self.constants: dict[int, str] = {}
+        for name, module in model.named_modules():
+            prefix = f"{name}." if name else ""
+            own = {**module._parameters, **module._buffers, **vars(module)}
+            for key, value in own.items():
+                if isinstance(value, Tensor):
+                    self.constants.setdefault(id(value), prefix + key)
+                elif isinstance(value, list | tuple | dict) and not key.startswith("_"):
+                    for tensor in tensors_in(value):
+                        self.constants.setdefault(id(tensor), f"{prefix}{key}.?")
+        self.frames: list[Frame] = []  # whose forward is running, the innermost last
+        self.calls: dict[str, list[Frame]] = {}
+        self.leaves: dict[str, list[tuple[Frame, fx.Node]]] = {}
+        self.paused = 0
+        self.inside_leaf = False
+        self.autocast = _autocast()
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model under observation; return its output.
+
+        Raises:
+            RecordingError: there is no output.
+        """
+        original = nn.Module.__call__
+        recorder = self
+
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return recorder._called(module, original, args, kwargs)
+
+        nn.Module.__call__ = called  # type: ignore[method-assign]
+        try:
+            with self:
+                return self.model(*args, **kwargs)
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+    def mark_escaped(self) -> None:
+        """Mark the tensors that are still there, though nobody returned them."""
+        for frame in (f for frames in self.calls.values() for f in frames):
+            for reference, node in frame.bound:
+                tensor = reference()
+                if tensor is None or id(tensor) in self.constants:
+                    continue
+                if not any(r() is tensor for r in frame.returned):
+                    node.meta["escaped"] = True
+                    frame.rewritable = False
+
+    def _called(
+        self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if self.paused:
+            if not self.inside_leaf and self.frames:
+                frame = self.frames[-1]
+                frame.unclear = "it calls a module from inside a torch function"
+            return original(module, *args, **kwargs)
+        name = self.names.get(module)
+        frame = self.frames[-1] if self.frames else None
+        if frame is None:
+            assert name is not None
+            return self._framed(module, name, original, args, kwargs, None)[1]
+        if name is None:
+            frame.unclear = "it calls a module that the model does not hold"
+            return original(module, *args, **kwargs)
+        leaf = self.opaque(module, name)
+        if self.inlined(name) and not leaf:
+            return original(module, *args, **kwargs)
+        with self._pause():
+            node = frame.graph.call_module(name, frame.node(args), frame.node(kwargs))
+            tensors = list(tensors_in((args, kwargs)))
+            versions = [_version(t) for t in tensors]
+            if leaf:
+                self.leaves.setdefault(name, []).append((frame, node))
+                before, self.inside_leaf = self.inside_leaf, True
+                try:
+                    output = original(module, *args, **kwargs)
+                finally:
+                    self.inside_leaf = before
+            else:
+                child, output = self._framed(module, name, original, args, kwargs, frame)
+                node.meta["frame"] = child
+            return self._result(frame, node, output, tensors, versions)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Let torch compute without seeing it."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+    def _framed(
+        self,
+        module: nn.Module,
+        name: str,
+        original: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        parent: Frame | None,
+    ) -> tuple[Frame, Any]:
+        frame = Frame(self, name, module, parent)
+        self.calls.setdefault(name, []).append(frame)
+        before = _state(module)
+        self.frames.append(frame)
+        paused, self.paused = self.paused, 1
+        try:
+            args, kwargs = frame.enter(args, kwargs)
+            self.paused = 0
+            output = original(module, *args, **kwargs)
+            self.paused = 1
+            frame.leave(output)
+        except Exception as error:
+            frame.unclear = f"it raises {type(error).__name__}"
+            raise
+        finally:
+            self.paused = paused
+            self.frames.pop()
+        if _state(module) != before:
+            frame.rewritable = False
+        return frame, output
+
+    def _result(
+        self,
+        frame: Frame,
+        node: fx.Node,
+        output: Any,
+        tensors: Sequence[Tensor],
+        versions: Sequence[int],
+    ) -> Any:
+        """Bind the output of a node, and note what it changed in place."""
+        changed = [t for t, v in zip(tensors, versions, strict=True) if _version(t) != v]
+        for tensor in changed:
+            self._changed(frame, node, tensor, output)
+        if isinstance(output, Tensor) and any(output is t for t in tensors):
+            if any(output is t for t in changed):
+                frame._bind_tensor(output, node)
+            else:  # it returned its argument: the argument keeps its node
+                node.meta["shape"], node.meta["dtype"] = output.shape, output.dtype
+            return output
+        return frame.bind(output, node)
+
+    def _changed(self, frame: Frame, node: fx.Node, tensor: Tensor, output: Any) -> None:
+        storage = _storage(tensor)
+        if id(tensor) in self.constants or storage is None:
+            frame.unclear = "it changes a tensor of the model in place"
+            return
+        if output is tensor or output is None:
+            node.meta["in_place"] = True
+            if output is None:
+                frame._bind_tensor(tensor, node)
+        elif (known := frame.known.get(id(tensor))) is not None:
+            known[1].meta["changed"] = True
+        for other in self.frames:
+            for reference, alias in other.known.values():
+                found = reference()
+                if found is None or found is tensor or alias is node:
+                    continue
+                if _storage(found) == storage:
+                    alias.meta["changed"] = True
+
+    # Torch functions
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or not self.frames:
+            return _run(func, args, kwargs)
+        with self._pause():
+            return self._seen(func, args, kwargs)
+
+    def _seen(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame, name = self.frames[-1], getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._read(frame, func, args)
+        if name == "size" and isinstance(args[0], Tensor):
+            shape = self._shape(frame, args[0])
+            index = args[1] if len(args) > 1 else kwargs.get("dim")
+            return shape if index is None else shape[index]
+        if name in ("numel", "nelement", "__len__") and not self._is_constant(frame, args[0]):
+            value = func(*args, **kwargs)
+            if name == "__len__":  # Python makes a plain number of it
+                frame.decide(frame.call(len, args), value, forced=False)
+                return value
+            return Dim(value, frame, frame.call(Tensor.numel, args))
+        if name == "__iter__" and isinstance(args[0], Tensor):
+            frame.decide(frame.call(len, args), len(args[0]), forced=False)
+            return iter(self._recorded(frame, torch.unbind, args, {}))
+        if name in VALUES:
+            return self._value(frame, func, name, args, kwargs)
+        return self._recorded(frame, func, args, kwargs)
+
+    def _read(self, frame: Frame, func: Any, args: tuple[Any, ...]) -> Any:
+        """Return an attribute of a tensor."""
+        owner = func.__self__
+        attribute = getattr(owner, "__name__", "") or getattr(owner.fget, "__name__", "")
+        if attribute == "shape":
+            return self._shape(frame, args[0])
+        value = func(*args)
+        if isinstance(value, Tensor) and attribute != "grad":
+            node = frame.call(getattr, (args[0], attribute))
+            frame._bind_tensor(value, node)
+        return value
+
+    def _shape(self, frame: Frame, tensor: Tensor) -> torch.Size:
+        if self._is_constant(frame, tensor):
+            return tensor.shape
+        shape = frame.call(getattr, (tensor, "shape"))
+        shape.meta["value"] = tensor.shape
+        return torch.Size(
+            Dim(size, frame, frame.call(operator.getitem, (shape, n)))
+            for n, size in enumerate(tensor.shape)
+        )
+
+    def _is_constant(self, frame: Frame, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return True
+        found = frame.known.get(id(value))
+        if found is not None and found[0]() is value:
+            return bool(found[1].meta.get("constant"))
+        return id(value) in self.constants
+
+    def _value(
+        self, frame: Frame, func: Callable[..., Any], name: str, args: Any, kwargs: Any
+    ) -> Any:
+        if all(self._is_constant(frame, t) for t in tensors_in((args, kwargs))):
+            return func(*args, **kwargs)
+        node = frame.call(func, args, kwargs)
+        if self.script is not None:  # nothing has values
+            if name != "__bool__":
+                raise RecordingError("forward reads values of its input")
+            return frame.decide(node, True)
+        return frame.decide(node, func(*args, **kwargs), forced=name == "__bool__")
+
+    def _recorded(
+        self, frame: Frame, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.autocast != _autocast():
+            frame.unclear = "it turns autocast on or off"
+        tensors = list(tensors_in((args, kwargs)))
+        nodes = frame.node(args), frame.node(kwargs)
+        versions = [_version(t) for t in tensors]
+        output = _run(func, args, kwargs)
+        changes = any(_version(t) != v for t, v in zip(tensors, versions, strict=True))
+        if not changes and not _holds_tensors(output):
+            return output
+        node = frame.graph.create_node(*_target(func), *nodes)
+        node.meta["constant"] = func.__name__ not in RANDOM and _is_constant(node)
+        return self._result(frame, node, output, tensors, versions)
+
+
+def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Frame]:
+    """Return a frame for each way that a forward may take, whatever its sizes and values are.
+
+    Args:
+        frame: of a call that was recorded without values, or can be run so.
+        opaque: of `Recorder`.
+
+    Raises:
+        RecordingError: not all ways can be run.
+    """
+    scripts: list[list[Any]] = [[]]
+    frames: list[Frame] = []
+    while scripts:
+        script = scripts.pop()
+        recorder = Recorder(frame.module, lambda module, name: True, script=script)
+        recorder.names = {m: n for m, n in frame.recorder.names.items()}
+        recorder.constants = frame.recorder.constants
+        args, kwargs = _map(frame.inputs, _Shape, _empty)
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                recorder.run(args, kwargs)
+        except Exception as error:  # forward is anyone's code
+            raise RecordingError(str(error)) from error
+        (found,) = recorder.calls[frame.name]
+        found.parent = frame.parent
+        taken = [value for _, value, _ in found.decisions]
+        if len(taken) > MOST_DECISIONS or len(frames) > MOST_PATHS:
+            raise RecordingError("it branches too often")
+        frames.append(found)
+        for n in range(len(script), len(taken)):
+            scripts.append([*taken[:n], not taken[n]])
+    return frames
+
+
+def _empty(shape: _Shape) -> Tensor:
+    return torch.empty(shape.shape, dtype=shape.dtype, device="meta")
+
+
+@cache
+def _signature_of(forward: Callable[..., Any]) -> tuple[list[inspect.Parameter], frozenset[str]]:
+    function: Any = inspect.unwrap(forward)
+    parameters = list(inspect.signature(forward).parameters.values())
+    code = getattr(function, "__code__", None)
+    read = {p.name for p in parameters}
+    if isinstance(code, CodeType) and function is getattr(forward, "__func__", forward):
+        loaded = {i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD")}
+        read &= loaded | set(code.co_cellvars)
+    return parameters, frozenset(read)
+
+
+def _signature(module: nn.Module) -> tuple[list[inspect.Parameter], frozenset[str]]:
+    """Return the parameters of a forward, and the names of those that it reads."""
+    own = vars(module).get("forward")
+    if own is not None:
+        return _signature_of(own)
+    parameters, read = _signature_of(type(module).forward)
+    return parameters[1:], read
+
+
+def _state(module: nn.Module) -> dict[str, int]:
+    return {k: id(v) for k, v in vars(module).items()}
+
+
+def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is functional.batch_norm and args and args[0].is_meta:
+        return args[0].clone()  # the same without values, and a hundred times as fast
+    return func(*args, **kwargs)
+
+
+def _target(func: Any) -> tuple[str, Any]:
+    """Return operation and target of a node that calls `func`."""
+    name = func.__name__
+    qualified = getattr(func, "__qualname__", "")
+    method = getattr(Tensor, name, None)
+    if method is func or (qualified.startswith("Tensor") and method is not None):
+        if name == "__getitem__":
+            return "call_function", operator.getitem
+        return "call_method", name
+    return "call_function", func
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return all(i.meta.get("constant") for i in node.all_input_nodes)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _autocast() -> tuple[bool, bool]:
+    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers, and in the attributes of an object."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | set | frozenset):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
+    elif not isinstance(value, int | float | str | bool | type | nn.Module | None):
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif isinstance(getattr(leaf, "__dict__", None), dict) and not callable(leaf):
+                yield from (v for v in vars(leaf).values() if isinstance(v, Tensor))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return next(tensors_in(value), None) is not None
+
+
+def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return plain containers with `function` of what is of a kind."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, Dim | Ratio):
+        return value._plain()
+    if type(value) in (tuple, list):
+        return type(value)(_map(v, kind, function) for v in value)
+    if type(value) is dict:
+        return {k: _map(v, kind, function) for k, v in value.items()}
+    return value

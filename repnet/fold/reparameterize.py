@@ -1,0 +1,311 @@
+"""`reparameterize`: every affine block of any model becomes its one convolution, with proof."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repnet.equivalence import Inputs
+from repnet.fold.core import Built, Folding, Norms, Plan
+from repnet.fold.observe import observe, prepared_copy
+from repnet.fold.proof import Proof
+from repnet.fold.report import FoldReport
+from repnet.fold.rewrite import GraphError
+from repnet.fold.survey import Survey, within
+from repnet.health import norm_health, weight_health
+from repnet.kernel import NotFoldableError
+from repnet.surroundings import prepared
+
+Method = Literal["auto", "modules", "graph"]
+MOST_ATTEMPTS = 20  # at a fold that holds
+
+
+@overload
+def reparameterize(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    norms: Norms = "absorb",
+    method: Method = "auto",
+    return_report: Literal[False] = False,
+) -> nn.Module: ...
+
+
+@overload
+def reparameterize(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    norms: Norms = "absorb",
+    method: Method = "auto",
+    return_report: Literal[True],
+) -> tuple[nn.Module, FoldReport]: ...
+
+
+@torch.inference_mode(False)  # the result is to be trained, where it is wanted
+def reparameterize(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    norms: Norms = "absorb",
+    method: Method = "auto",
+    return_report: bool = False,
+) -> nn.Module | tuple[nn.Module, FoldReport]:
+    """Return a copy of `model` in which every block that is one convolution is one.
+
+    A module whose whole forward is one convolution is replaced under its own name. A convolution
+    takes in the batch norm behind it, wherever in the model the two are. A forward that adds
+    branches itself becomes a small `torch.fx` graph in the place of this one module. Everything
+    else keeps its class, forward and names. Nothing grows: a block whose convolution would need
+    more parameters or multiplications than its layers stays.
+
+    A fold holds for every input that the model takes. Everything is computed in float64 from the
+    stored weights, compared block by block with the original on `example_input`, and converted to
+    the model's dtype last. A part that fails the comparison is put back and named in the report.
+    The argument is not changed. The result is in evaluation mode; to fold it again changes nothing.
+
+    Args:
+        model: any module; a compiled one is unwrapped.
+        example_input: what `forward` takes: a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments, on the model's device.
+        norms: "absorb" folds all norms; "keep" makes each multi-branch block a convolution and
+            leaves the norms that follow convolutions, so that the result has the keys of the plain
+            architecture and can be trained or quantized. There, the bias of a folded block moves
+            into the norm that alone follows it.
+        method: "auto" as described; "modules" writes no graphs; "graph" is `reparameterize_graph`.
+        return_report: also return the `FoldReport`, which says what was folded, what was left, and
+            why.
+
+    Returns:
+        The folded model, or `(model, report)`.
+
+    Raises:
+        NotFoldableError: a part of the model is quantized, or the norms that `norms="keep"` would
+            keep were absorbed before.
+        ValueError: the model cannot run on `example_input`.
+
+    Example:
+        >>> folded = reparameterize(torchvision.models.resnet18(), torch.randn(1, 3, 64, 64))
+    """
+    if norms not in ("absorb", "keep") or method not in ("modules", "graph", "auto"):
+        raise ValueError(f"there is no norms={norms!r} with method={method!r}")
+    if norms == "keep" and method == "graph":
+        raise ValueError("norms='keep' needs modules: a graph has no plain architecture")
+    source, inputs = prepared(model), Inputs.of_example(example_input)
+    if norms == "keep" and getattr(source, "reparameterized", None) == "absorb":
+        raise NotFoldableError(
+            f"the norms of this {type(source).__name__} were absorbed already, so that "
+            "norms='keep' has none to keep; fold the train form"
+        )
+    if method == "graph":
+        folded, report = _fold_graph(source, inputs)
+    else:
+        survey = observe(source, inputs)
+        folding = _folding(source, survey, norms, edit_only=method == "modules")
+        folded, report = _fold(folding, inputs)
+    report.method = method
+    folded.reparameterized = norms  # type: ignore[assignment]
+    report.was_training = model.training
+    return (folded, report) if return_report else folded
+
+
+@overload
+def reparameterize_graph(
+    model: nn.Module, example_input: Any, *, return_report: Literal[False] = False
+) -> nn.Module: ...
+
+
+@overload
+def reparameterize_graph(
+    model: nn.Module, example_input: Any, *, return_report: Literal[True]
+) -> tuple[nn.Module, FoldReport]: ...
+
+
+def reparameterize_graph(
+    model: nn.Module, example_input: Any, *, return_report: bool = False
+) -> nn.Module | tuple[nn.Module, FoldReport]:
+    """Return the graph of `model`, in which every region that is one convolution is one.
+
+    The same as `reparameterize` over one recording of the whole model, as a `torch.fx.GraphModule`:
+    all its modules are looked into, so that residual sums between modules fold, too. Sizes stay
+    variable. Where forward branches on a size or an argument, the graph checks that later inputs
+    take the same branch. A module whose forward depends on the values of tensors is called as it
+    is, with graphs in the place of its parts; if that is the model itself, it keeps its class.
+
+    Args:
+        model: any module; not changed.
+        example_input: as for `reparameterize`.
+        return_report: also return the `FoldReport`.
+
+    Returns:
+        The folded graph in evaluation mode, or `(graph, report)`.
+
+    Raises:
+        NotFoldableError: a part of the model is quantized already.
+        ValueError: the model cannot run on `example_input`.
+
+    Example:
+        >>> folded = reparameterize_graph(timm.create_model("repvgg_a0"), torch.randn(1, 3, 64, 64))
+    """
+    return reparameterize(model, example_input, method="graph", return_report=return_report)  # type: ignore[call-overload,no-any-return]
+
+
+def _folding(source: nn.Module, survey: Survey, norms: Norms = "absorb", **options: Any) -> Folding:
+    sketch = _bare(source, device="meta").double()
+    return Folding(source, survey, sketch, _bare(source), norms, **options)
+
+
+def _bare(model: nn.Module, device: str | None = None) -> nn.Module:
+    """Return a copy without hooks, which are anyone's code and must not see kernels."""
+    copy = prepared_copy(model, device)
+    for m in copy.modules():
+        m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return copy
+
+
+def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
+    """Record the model as few graphs as possible, and fold these."""
+    survey = observe(source, inputs)
+    stay = {
+        name: reason
+        for name, frames in survey.frames.items()
+        if (reason := next((r for f in frames if (r := _stays(f))), ""))
+    }
+    stay |= {
+        name: "it has a forward hook, and so stays a module"
+        for name in survey.hooked
+        if name in survey.frames
+    }
+    if stay:
+        outer = {o for o in survey.frames for s in stay if within(s, o) and o != s}
+        del outer
+    deep = observe(
+        source, inputs, lambda name: name not in stay and name.rpartition(".")[0] not in stay
+    )
+    graphs = [n for n in deep.frames if n not in stay and not any(_stays(f) for f in deep.frames[n])]
+    folding = _folding(source, deep, graphs=graphs)
+    folded, report = _fold(folding, inputs)
+    for name, reason in stay.items():
+        report.skipped.setdefault(name, f"its forward cannot be recorded: {reason}")
+    report.checks = sum(len(deep.frames[n][0].decisions) for n in graphs)
+    return folded, report
+
+
+def _stays(frame: Any) -> str:
+    """Return why no graph can stand for a forward, whatever it decides on sizes."""
+    if frame.unclear:
+        return str(frame.unclear)
+    if any(any("shape" in i.meta for i in n.all_input_nodes) and n.target is not len
+           for n, _, _ in frame.decisions if n.op != "placeholder"):  # fmt: skip
+        return "forward depends on values of its input"
+    if not frame.rewritable:
+        return "it keeps something aside, or takes or returns what a graph cannot"
+    return ""
+
+
+def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
+    """Plan, build and prove until everything that is folded holds."""
+    source, survey = folding.source, folding.survey
+    proof = Proof(source, inputs.to(torch.float64))
+    report = FoldReport()
+    for _ in range(MOST_ATTEMPTS):
+        plan = folding.plan()
+        built = _built(folding, plan)
+        report.proof, wrong = proof.culprits(built, lambda names: _subset(folding, plan, names))
+        if not wrong:
+            wrong = _cast(built, source)
+        if not wrong:
+            break
+        folding.excluded |= wrong
+    else:
+        plan = Plan(skipped={"": "it could not be folded so that it stays the same"})
+        built = _built(folding, plan)
+        report.proof = proof.measure(built)
+    report.folded = [fold for fold, _ in built.folds]
+    report.graphs = list(plan.graphs)
+    report.skipped = plan.skipped
+    report.cast = proof.stored(built)
+    if proof.has_values:
+        report.health = [
+            *norm_health(source),
+            *weight_health(built.model, [m for _, m, _ in built.made]),
+        ]
+    _report_norms(report, survey, built.model, plan)
+    return built.model, report
+
+
+def _built(folding: Folding, plan: Plan) -> Built:
+    """Build a plan, without the graphs that cannot be written."""
+    while True:
+        try:
+            return folding.build(plan)
+        except GraphError as error:
+            name, regions = plan.graphs.popitem()
+            folding.excluded[name] = str(error)
+            del regions
+
+
+def _subset(folding: Folding, plan: Plan, names: set[str]) -> Built:
+    """Build some folds of a plan alone."""
+    return folding.build(
+        Plan(
+            {n: f for n, f in plan.whole.items() if n in names},
+            {
+                g: [r for r in regions if r.name in names]
+                for g, regions in plan.graphs.items()
+                if folding.forced is not None or any(r.name in names for r in regions)
+            },
+            [r for r in plan.rows if r.name in names],
+            {n: c for n, c in plan.chains.items() if n in names},
+        )
+    )
+
+
+def _cast(built: Built, source: nn.Module) -> dict[str, str]:
+    """Store the new layers in their dtypes; return those that do not fit, with the reason."""
+    wrong: dict[str, str] = {}
+    for name, layer, dtype in built.made:
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if dtype != torch.float16 or not tensor.is_floating_point() or tensor.is_meta:
+                continue
+            if tensor.isfinite().all() and not tensor.to(dtype).isfinite().all():
+                wrong[name] = f"{dtype} cannot hold its folded weights; fold it in float32"
+                warnings.warn(f"'{name}' is not folded: {wrong[name]}", stacklevel=4)
+                break
+    if not wrong:
+        for _, layer, dtype in built.made:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+    return wrong
+
+
+def _report_norms(report: FoldReport, survey: Survey, folded: nn.Module, plan: Plan) -> None:
+    for name, module in folded.named_modules():
+        if isinstance(module, _BatchNorm):
+            report.left.append(name)
+    gone = {node for regions in plan.graphs.values() for r in regions for node in r.nodes}
+    for name, frames in survey.frames.items():
+        if any(within(name, whole) for whole in plan.whole):
+            continue
+        for node in frames[0].graph.nodes:
+            if node.target is functional.batch_norm and node not in gone:
+                statistics = node.args[1] if len(node.args) > 1 else None
+                owner = str(getattr(statistics, "target", "")).rpartition(".")[0] or node.name
+                if owner not in report.left and owner not in survey.leaves:
+                    pass
+    for name in report.left:
+        report.skipped.setdefault(name, why_left(survey, name))
+
+
+def why_left(survey: Survey, name: str) -> str:
+    """Return why a batch norm remains that nothing took in."""
+    if name not in survey.modules or not survey.ran(name):
+        return "it was not run on the example input"
+    return "no convolution before it feeds it alone"

@@ -1,0 +1,242 @@
+"""Writing a folded model: copies with other modules in them, and graphs in the place of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, TypeVar
+
+from torch import fx, nn
+from torch.fx.node import has_side_effect
+
+from repnet.fold.record import Frame
+from repnet.fold.regions import Region
+from repnet.fold.survey import Survey, is_identity, users_of
+from repnet.symbolic import kept_tensors
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class GraphError(RuntimeError):
+    """A frame cannot be written as a graph."""
+
+
+def copy_with(source: Module, replaced: Mapping[int, Any]) -> Module:
+    """Return a deep copy of `source` with other modules in it.
+
+    Args:
+        source: not changed; what is replaced is not copied.
+        replaced: new modules by the identity of the old, wherever they occur.
+    """
+    copy = deepcopy(source, {**kept_tensors(source), **replaced})
+    return copy.eval() if source.training else copy
+
+
+def with_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Return `new` with the attributes that others hung on `old`, such as tags and indices."""
+    for key, value in vars(old).items():
+        if not key.startswith("_") and key not in vars(new) and key != "original_bias":
+            if not callable(value) and not hasattr(type(new), key):
+                vars(new)[key] = deepcopy(value, kept_tensors(old))
+    return new
+
+
+def identity_like(old: nn.Module) -> nn.Module:
+    """Return an identity with the attributes of what it stands for."""
+    return with_attributes(nn.Identity(), old).eval()
+
+
+def graph_of(
+    model: nn.Module,
+    survey: Survey,
+    frame: Frame,
+    layers: Mapping[Region, nn.Module],
+    *,
+    without: Sequence[fx.Node] = (),
+    guarded: bool = False,
+) -> nn.Module:
+    """Return `model` with a graph in the place of a module, or the graph if it is the model.
+
+    Args:
+        model: holds the module of the frame, or is it; changed.
+        survey: that the frame is from.
+        frame: of the module.
+        layers: convolutions that take the place of regions of the frame.
+        without: nodes that are left out.
+        guarded: whether the graph compares what forward decided on with the recorded values.
+
+    Raises:
+        GraphError: the graph would need something that the module does not hold.
+    """
+    original = survey.modules[frame.name]
+    inside = {id(m): n for n, m in original.named_modules(remove_duplicate=False)}
+    home = model if _is_alone(model, original, frame) else model.get_submodule(frame.name)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(frame.graph, copied))
+    _check_targets(frame, survey, inside, copied)
+    added: dict[str, nn.Module] = {}
+    gone: set[str] = set()
+    for region, layer in layers.items():
+        name = _relative(frame.name, region.name)
+        name = _free(name, region, frame)
+        with graph.inserting_before(copied[region.nodes[0]]):
+            call = graph.call_module(name, (copied[region.root],))
+        copied[region.end].replace_all_uses_with(call)
+        added[name] = layer
+        for node in reversed(region.nodes):
+            graph.erase_node(copied[node])
+            if node.op == "call_module":
+                gone.add(_relative(frame.name, str(node.target)))
+    for node in without:
+        copied[node].replace_all_uses_with(copied[node.args[0]])  # type: ignore[index]
+        graph.erase_node(copied[node])
+    if guarded:
+        _guard(graph, frame, copied)
+    _tidy(graph, home, added)
+    built = fx.GraphModule(_objects(graph, home, added), graph, type(original).__name__)
+    for node in built.graph.nodes:
+        node.meta.clear()  # sizes of the example
+    for name, child in home.named_children():
+        if name not in built._modules and name not in gone and name not in added:
+            built.add_module(name, child)  # others may read it
+    built.training = home.training and not original.training
+    built.train(False)
+    alone = [n for n in built.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
+    new: nn.Module = built
+    if without and not guarded and len(alone) <= 1 and len(_inputs(built.graph)) == 1:
+        new = home.get_submodule(str(alone[0].target)) if alone and _is_call(alone[0]) else built
+        new = identity_like(original) if not alone else new
+    if new is built:
+        with_attributes(built, original)
+    if home is model:
+        return new
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is home:
+                parent._modules[key] = new
+    return model
+
+
+def _objects(
+    graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """Return the modules and tensors that a graph names."""
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            found[target] = added[target] if target in added else home.get_submodule(target)
+        elif node.op == "get_attr":
+            owner, _, key = target.rpartition(".")
+            found[target] = getattr(home.get_submodule(owner), key)
+    return found
+
+
+def _is_alone(model: nn.Module, original: nn.Module, frame: Frame) -> bool:
+    return not frame.name or model is original
+
+
+def _inputs(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+
+
+def _relative(outer: str, name: str) -> str:
+    return name[len(outer) + 1 :] if outer and name.startswith(f"{outer}.") else name
+
+
+def _check_targets(
+    frame: Frame, survey: Survey, inside: Mapping[int, str], copied: Mapping[fx.Node, fx.Node]
+) -> None:
+    """Let the copied nodes name modules and tensors as the module itself does."""
+    for node, copy in copied.items():
+        if node.op == "call_module":
+            module = survey.modules[str(node.target)]
+            if id(module) not in inside:
+                raise GraphError(f"it calls '{node.target}', which it does not hold")
+            copy.target = inside[id(module)]
+        elif node.op == "get_attr":
+            owner, _, key = str(node.target).rpartition(".")
+            module = survey.every_name.get(owner)  # type: ignore[assignment]
+            if module is None or id(module) not in inside:
+                raise GraphError(f"it reads '{node.target}', which it does not hold")
+            prefix = inside[id(module)]
+            copy.target = f"{prefix}.{key}" if prefix else key
+
+
+def _free(name: str, region: Region, frame: Frame) -> str:
+    """Return a name for a new layer that nothing else in the graph needs."""
+    full = region.name
+    nodes = set(region.nodes)
+    needed = any(
+        node not in nodes
+        and node.op in ("call_module", "get_attr")
+        and str(node.target).startswith(f"{full}.")
+        and (node.op == "call_module" or any(user not in nodes for user in users_of(node)))
+        for node in frame.graph.nodes
+    )
+    if not name or name == frame.name or needed:
+        return f"{name}_folded".lstrip("_").replace(".", "_")
+    return name
+
+
+def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> None:
+    """Remove what nothing reads, and calls that return their argument."""
+    for node in reversed(graph.nodes):
+        target = str(node.target)
+        idle = (
+            node.op == "call_module"
+            and target not in added
+            and (is_identity(node) or type(home.get_submodule(target)) is nn.Identity)
+            and len(node.args) == 1
+        )
+        if idle:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        pure = node.op in ("call_function", "call_method") and not (
+            node.meta.get("in_place") or node.target is same_as_recorded
+        )
+        if not node.users and (idle or pure or node.op == "get_attr"):
+            graph.erase_node(node)
+
+
+def _guard(graph: fx.Graph, frame: Frame, copied: Mapping[fx.Node, fx.Node]) -> None:
+    """Let the graph compare what forward decided on with the values of the recorded run."""
+    decided = [(node, value) for node, value, _ in frame.decisions]
+    for node in frame.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in frame.frozen and "value" in node.meta:
+            decided.append((node, node.meta["value"]))
+        elif "shape" in node.meta:
+            with graph.inserting_after(_last_placeholder(graph)):
+                dimensions = graph.call_function(getattr, (copied[node], "ndim"))
+            with graph.inserting_after(dimensions):
+                graph.call_function(same_as_recorded, (dimensions, len(node.meta["shape"])))
+    for node, value in decided:
+        where = _last_placeholder(graph) if node.op == "placeholder" else copied[node]
+        with graph.inserting_after(where):
+            graph.call_function(same_as_recorded, (copied[node], value))
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return _inputs(graph)[-1]
+
+
+@has_side_effect
+def same_as_recorded(value: Any, recorded: Any) -> None:
+    """Do nothing if a value that forward branches on is that of the recorded run.
+
+    Raises:
+        ValueError: it is another one, and so forward may take another way.
+    """
+    if isinstance(value, fx.Proxy):  # fx traces a pickled graph when it is read
+        value.tracer.create_proxy("call_function", same_as_recorded, (value, recorded), {})
+    elif value is not recorded and value != recorded:
+        raise ValueError(
+            f"this graph was recorded where a value is {recorded}, and here it is {value}, on "
+            "which its forward branches; record it again with an example of this kind"
+        )
