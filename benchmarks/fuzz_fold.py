@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,8 +41,6 @@ ORACLE_TOLERANCE = 1e-9
 SIZES = ((14, 13), (11, 12), (13, 15), (12, 10))
 ENLARGED = (48, 36)  # pixels to add for an interior; multiples of 12 keep all those residues
 MAX_CHANNELS = 8
-
-
 Pair = tuple[int, int]
 
 
@@ -96,6 +94,53 @@ class Channels(nn.Module):
         return f"{self.start}, {self.stop}"
 
 
+class Crop(nn.Module):
+    """`x -> x[:, :, top:-bottom:step, left:-right:step]`.
+
+    Args:
+        sides: samples to leave out, `(top, bottom, left, right)`.
+        steps: of which every n-th sample is kept, vertical and horizontal.
+    """
+
+    def __init__(self, sides: Sequence[int], steps: Pair = (1, 1)) -> None:
+        super().__init__()
+        top, bottom, left, right = sides
+        self.rows = slice(top, -bottom or None, steps[0])
+        self.columns = slice(left, -right or None, steps[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.rows, self.columns]
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}"
+
+
+class Accumulation(Sum):
+    """A sum that is written in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self
+        total = 0 + first(x)
+        for module in others:
+            total += module(x)
+        return total
+
+
+class NormAndPad(nn.Module):
+    """A norm, and one row or column on each side of what it makes of zeros, written in place."""
+
+    def __init__(self, norm: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.pad(self.norm(x), (1, 1, 1, 1))
+        value = self.norm(torch.zeros(1, self.channels, 1, 1))
+        y[:, :, :1], y[:, :, -1:], y[..., :1], y[..., -1:] = [value] * 4
+        return y
+
+
 class Shift(nn.Module):
     """`x -> x + constant`, one value per channel."""
 
@@ -144,7 +189,8 @@ class Draw:
         return combine(geometry, depth - 1)
 
     def _sum(self, geometry: Geometry, depth: int) -> nn.Module:
-        return Sum(*(self._block(self._near(geometry), depth) for _ in range(self._count())))
+        kind = self.random.choice([Sum, Accumulation])
+        return kind(*(self._block(self._near(geometry), depth) for _ in range(self._count())))
 
     def _difference(self, geometry: Geometry, depth: int) -> nn.Module:
         return Difference(self._block(geometry, depth), self._block(geometry, depth))
@@ -220,10 +266,16 @@ class Draw:
             return self._pads(geometry.growth)
         if channels == geometry.out_channels and r.random() < 0.15:
             return self._pool(geometry)
+        if channels == geometry.out_channels and max(geometry.growth) <= 0 and r.random() < 0.15:
+            first = [r.randint(0, -total) for total in geometry.growth]
+            sides = (first[0], -geometry.growth[0] - first[0])
+            return Crop((*sides, first[1], -geometry.growth[1] - first[1]), geometry.stride)
         if geometry.stride == (1, 1) and r.random() < 0.1:
             return self._transposed(geometry)
         if geometry.keeps_shape and r.random() < 0.1 and channels > 1:
-            return nn.Sequential(PadBatchNorm(channels, 1), nn.Conv2d(channels, channels, 3))
+            filled = NormAndPad(self._norm(channels), channels)
+            pad = r.choice([PadBatchNorm(channels, 1), filled])
+            return nn.Sequential(pad, nn.Conv2d(channels, channels, 3))
         return self._conv(geometry)
 
     def _conv(self, geometry: Geometry) -> nn.Module:

@@ -38,7 +38,7 @@ class ConvKernel:
     volumes, none for the features of a linear layer. `upsample` puts `upsample - 1` zeros between
     neighbouring samples (the stride of a transposed convolution). A negative padding crops.
     Instances are values: laws return new ones, and every law is differentiable in `weight` and
-    `bias`.
+    `bias`. Only a forward that changes its tensors in place changes them, see `overwrite`.
 
     A kernel may be handed to a module in place of an input: each torch function that is affine
     and shift-invariant then returns the next kernel, every other one raises `NotFoldableError`
@@ -70,6 +70,7 @@ class ConvKernel:
     precision: torch.dtype | None = None
 
     _is_identity = False  # known to be, so that nothing need be multiplied
+    _is_shared = False  # may stand for memory that another value of a forward stands for too
 
     def __post_init__(self) -> None:
         if not 2 <= self.weight.ndim <= 5:
@@ -105,7 +106,7 @@ class ConvKernel:
         weight = torch.ones(channels, 1, *(1,) * axes, dtype=dtype, device=device)
         kernel = cls(weight, groups=channels)
         object.__setattr__(kernel, "_is_identity", True)
-        return kernel
+        return share(kernel, kernel)  # with the caller, who may read the input of a module again
 
     @property
     def axes(self) -> int:
@@ -140,7 +141,7 @@ class ConvKernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the map to `x`, `(batch, in, height, width)` -> `(batch, out, height', width')`."""
-        exact = self.to(self.dtype)
+        exact = self.exact()
         if self.axes == 0:
             grouped = x.unflatten(1, (self.groups, -1))  # (batch, groups, in / groups)
             weight = exact.weight.unflatten(0, (self.groups, -1))
@@ -184,10 +185,10 @@ class ConvKernel:
         weight = weight.reshape(self.out_channels, self.in_channels // groups, *self.kernel_size)
         return replace(self, weight=weight, groups=groups)
 
-    def to(self, dtype: torch.dtype) -> ConvKernel:
-        """Return the same map with weight and bias in another dtype."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, weight=self.weight.to(dtype), bias=bias, precision=dtype)
+    def exact(self) -> ConvKernel:
+        """Return the same map with weight and bias in the dtype that the laws compute in."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return replace(self, weight=self.weight.to(self.dtype), bias=bias)
 
     def over(self, axes: int) -> ConvKernel:
         """Return the same channelwise map over another number of spatial axes.
@@ -353,13 +354,20 @@ class ConvKernel:
     def __getitem__(self, index: Any) -> Any:
         return self._call(Tensor.__getitem__, index)
 
-    def _in_place(self, other: Any) -> Any:
-        raise NotFoldableError(
-            "forward changes a tensor in place, which other names may share; "
-            "write `x = x + y` instead of `x += y`"
-        )
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._call(Tensor.__setitem__, index, value)
 
-    __iadd__ = __isub__ = __imul__ = __itruediv__ = _in_place
+    def __iadd__(self, other: Any) -> Any:
+        return self._call(Tensor.add_, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._call(Tensor.sub_, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._call(Tensor.mul_, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._call(Tensor.div_, other)
 
     def _compared(self, other: Any = None) -> Any:
         raise NotAffineError("forward compares values of its input, which is not affine")
@@ -367,6 +375,70 @@ class ConvKernel:
     # Without these, Python would compare identities, and take every kernel for true.
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _compared
     __hash__ = object.__hash__
+
+
+class UnfilledKernel(ConvKernel):
+    """A kernel with a bias that was padded with zeros, until its border is filled with the bias.
+
+    The border law refuses the zeros. But a forward may write its norm's value for a zero over them,
+    as the blocks of arXiv:2103.13425 do: then the zeros stood in front of the bias. Until then
+    nothing can be done with the object, which has no weight; after that it is a `ConvKernel`.
+
+    Args:
+        filled: the kernel once it is filled, with the padding in front of its bias.
+        border: what is still zero, as axes, counted from the batch, and ranges along them.
+        reason: why the zeros are refused.
+    """
+
+    def __init__(self, filled: ConvKernel, border: list[tuple[int, slice]], reason: str) -> None:
+        vars(self).update(_filled=filled, _border=border, _reason=reason)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise NotFoldableError(self._reason)
+
+    def fill(self, ranges: Sequence[slice], value: Tensor) -> None:
+        """Write a value per channel, `(out,)`, to what `ranges` say, one for each axis.
+
+        Raises:
+            NotFoldableError: this is more or less than one side, or the value is not the bias.
+        """
+        written = [(n, part) for n, part in enumerate(ranges) if part != slice(None)]
+        bias = self._filled.bias
+        if len(written) != 1 or written[0] not in self._border:
+            raise NotFoldableError("forward assigns to other parts of a tensor than its padding")
+        if not bias.is_meta:
+            tolerance = 1e-9 if bias.dtype == torch.float64 else 1e-5
+            error, size = (float(t.detach().abs().max()) for t in (value - bias, bias))
+            if not error <= tolerance * size:
+                raise NotFoldableError("forward pads with other values than what zeros become")
+        self._border.remove(written[0])
+        if not self._border:
+            overwrite(self, self._filled)
+            object.__setattr__(self, "__class__", ConvKernel)
+
+
+def share(kernel: ConvKernel, view: ConvKernel) -> ConvKernel:
+    """Return `view`, after noting that it and `kernel` may stand for the same memory."""
+    vars(kernel)["_is_shared"] = vars(view)["_is_shared"] = True
+    return view
+
+
+def overwrite(kernel: ConvKernel, new: ConvKernel) -> ConvKernel:
+    """Turn `kernel` itself into `new`: every name that a forward has for it sees the change.
+
+    Raises:
+        NotFoldableError: other kernels may stand for the same memory, and would not see it.
+    """
+    if kernel._is_shared:
+        raise NotFoldableError(
+            "forward changes a tensor in place that is its input, or may share memory with another "
+            "one, as slices do; write `x = x + y` instead of `x += y`"
+        )
+    vars(kernel).clear()
+    vars(kernel).update(vars(new))
+    return kernel
 
 
 def add(kernels: Sequence[ConvKernel]) -> ConvKernel:

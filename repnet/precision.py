@@ -19,7 +19,8 @@ class InFloat64(TorchFunctionMode):
     """While active, every floating-point tensor that enters or leaves a torch function is float64.
 
     Weights are converted where they are used, one layer at a time, so that a model takes no more
-    memory than it has; a forward that converts to a fixed precision does not leave float64.
+    memory than it has; a forward that converts to a fixed precision does not leave float64, and one
+    that compares dtypes, as those of `nn.LSTM` do, reads float64 everywhere.
     """
 
     def __torch_function__(
@@ -29,9 +30,8 @@ class InFloat64(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__name__", "") == "__get__":  # x.shape, x.data; x.dtype stays true
-            found = func(*args, **(kwargs or {}))
-            return found if isinstance(found, torch.dtype) else _exact(found)
+        if getattr(func, "__name__", "") == "__get__":  # x.shape, x.data, x.dtype
+            return _exact(func(*args, **(kwargs or {})))
         if any(not issubclass(kind, Tensor) for kind in types):  # it sees to its precision itself
             return func(*args, **(kwargs or {}))
         if func is torch.conv2d and not types:

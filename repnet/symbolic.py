@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 from math import prod
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError, Sizes, add, concat, select
+from repnet.kernel import (
+    ConvKernel,
+    NotAffineError,
+    NotFoldableError,
+    Sizes,
+    UnfilledKernel,
+    add,
+    concat,
+    overwrite,
+    select,
+    share,
+)
 from repnet.precision import InFloat64
 
 
@@ -64,7 +76,7 @@ def kernel_of(
         raise NotAffineError(f"forward cannot be followed: {error}") from error
     if not isinstance(kernel, ConvKernel):
         raise NotAffineError(f"forward returns {type(kernel).__name__}, not one feature map")
-    return kernel.to(kernel.dtype)
+    return kernel.exact()
 
 
 @contextmanager
@@ -131,6 +143,10 @@ def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         name = getattr(func, "__name__", str(func))
         reason = REASONS.get(name.rstrip("_"), "is not known to be affine and shift-invariant")
         raise NotAffineError(f"{name} {reason}")
+    if kwargs:
+        kwargs = {KEYWORDS.get(key, key): value for key, value in kwargs.items()}
+        if kwargs.pop("out", None) is not None:
+            raise NotFoldableError("out= writes into a tensor that other names may share")
     return rule(*args, **kwargs)
 
 
@@ -267,15 +283,30 @@ def _pad(
     x: ConvKernel, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> ConvKernel:
     if not any(pad):
-        return x
+        return replace(x)  # torch copies here, too
     if mode != "constant" or value:
         kind = f"mode '{mode}'" if mode != "constant" else f"the constant {value}"
         raise NotFoldableError(f"pad with {kind} is not the zero padding of a convolution")
     if any(pad[2 * x.axes :]):
         raise NotFoldableError("pad beyond height and width adds channels or samples")
-    sides = [*zip(pad[::2], pad[1::2], strict=True), *[(0, 0)] * x.axes][: x.axes]
+    sides = [*zip(pad[::2], pad[1::2], strict=True), *[(0, 0)] * x.axes][: x.axes][::-1]
+    try:
+        return _resample(x, sides)
+    except NotFoldableError as error:
+        if x.bias is None:
+            raise
+        filled = replace(_resample(replace(x, bias=None), sides), bias=x.bias)
+        before = [(n + 2, slice(None, side[0])) for n, side in enumerate(sides) if side[0] > 0]
+        after = [(n + 2, slice(-side[1], None)) for n, side in enumerate(sides) if side[1] > 0]
+        return UnfilledKernel(filled, before + after, str(error))
+
+
+def _resample(
+    x: ConvKernel, padding: Sequence[tuple[int, int]], stride: Sequence[int] = ()
+) -> ConvKernel:
+    """Return `x` padded or, where `padding` is negative, cropped, and then every n-th sample."""
     identity = ConvKernel.identity(x.out_channels, axes=x.axes, dtype=x.dtype, device=x.device)
-    return _then(x, replace(identity, padding=tuple(reversed(sides))))
+    return _then(x, replace(identity, padding=tuple(padding), stride=tuple(stride)))
 
 
 def _add(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
@@ -284,7 +315,7 @@ def _add(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
         return add([x, y])
     kernel, constant = (x, y) if isinstance(x, ConvKernel) else (y, x)
     if isinstance(constant, int | float) and constant == 0:
-        return kernel  # the start of Python's sum()
+        return replace(kernel)  # the start of Python's sum(); what is added in place stays in it
     shift = _constant(kernel, constant)
     return _channelwise(kernel, torch.ones_like(shift), shift)
 
@@ -323,9 +354,9 @@ def _split(x: ConvKernel, sizes: int | Sequence[int], dim: int = 0) -> tuple[Con
         raise NotFoldableError(f"a split along dim {dim} is not shift-invariant")
     if isinstance(sizes, int):
         starts = range(0, x.out_channels, sizes)
-        return tuple(select(x, start, min(start + sizes, x.out_channels)) for start in starts)
+        sizes = [min(sizes, x.out_channels - start) for start in starts]
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return tuple(select(x, stop - n, stop) for n, stop in zip(sizes, stops, strict=True))
+    return tuple(share(x, select(x, stop - n, stop)) for n, stop in zip(sizes, stops, strict=True))
 
 
 def _chunk(x: ConvKernel, chunks: int, dim: int = 0) -> tuple[ConvKernel, ...]:
@@ -338,16 +369,40 @@ def _narrow(x: ConvKernel, dim: int, start: int, length: int) -> ConvKernel:
 
 
 def _getitem(x: ConvKernel, index: Any) -> ConvKernel:
-    index = index if isinstance(index, tuple) else (index,)
-    everything = slice(None)
-    channels = index[1] if len(index) > 1 else everything
-    others = [i for n, i in enumerate(index) if n != 1 and i is not Ellipsis]
-    if any(i != everything for i in others) or not isinstance(channels, slice):
-        raise NotFoldableError("slicing anything but channels is not shift-invariant")
+    """Return a range of channels, and of each spatial axis all but margins, or every n-th."""
+    batch, channels, *space = _ranges(x, index)
+    if batch != slice(None):
+        raise NotFoldableError("slicing samples of the batch is not shift-invariant")
     start, stop, step = channels.indices(x.out_channels)
-    if step != 1 or stop <= start or (Ellipsis in index and len(index) != x.ndim):
+    if step != 1 or stop <= start:
         raise NotFoldableError("only a contiguous range of channels, x[:, a:b], can be followed")
-    return select(x, start, stop)
+    for part in space:
+        if (part.start or 0) < 0 or (part.stop is not None and part.stop >= 0):
+            raise NotFoldableError(
+                "slicing by size is not shift-invariant; x[:, :, a:-b], which crops, can be folded"
+            )
+    view = x if stop - start == x.out_channels else select(x, start, stop)
+    if any(part != slice(None) for part in space):
+        margins = [(-(part.start or 0), part.stop or 0) for part in space]
+        view = _resample(view, margins, [part.step or 1 for part in space])
+    return share(x, view)
+
+
+def _setitem(x: ConvKernel, index: Any, value: Any) -> None:
+    if not isinstance(x, UnfilledKernel):
+        raise NotFoldableError("forward assigns to a part of a tensor, which may be its border")
+    x.fill(_ranges(x._filled, index), _constant(x._filled, value))
+
+
+def _ranges(x: ConvKernel, index: Any) -> list[slice]:
+    """Return one slice for each dimension of `x`; a start at 0 is left out."""
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(i, slice | EllipsisType) for i in index):
+        raise NotFoldableError("an index that is no slice is not shift-invariant")
+    at = index.index(...) if ... in index else len(index)
+    missing = [slice(None)] * (x.ndim - len(index) + (at < len(index)))
+    parts = [*index[:at], *missing, *index[at + 1 :]]
+    return [slice(part.start or None, part.stop, part.step) for part in parts]
 
 
 def _size(x: ConvKernel, dim: int | None = None) -> int:
@@ -364,11 +419,36 @@ def _dropout(x: ConvKernel, p: float = 0.5, training: bool = True, inplace: bool
 
 def _detach(x: ConvKernel) -> ConvKernel:
     bias = None if x.bias is None else x.bias.detach()
-    return replace(x, weight=x.weight.detach(), bias=bias)
+    return share(x, replace(x, weight=x.weight.detach(), bias=bias))
 
 
-def _unchanged(x: ConvKernel, *args: Any, **kwargs: Any) -> ConvKernel:
-    return x
+def _clone(x: ConvKernel, **kwargs: Any) -> ConvKernel:
+    return replace(x)
+
+
+def _contiguous(x: ConvKernel, **kwargs: Any) -> ConvKernel:
+    return share(x, x)  # a copy or not
+
+
+def _cast(x: ConvKernel, *args: Any, **kwargs: Any) -> ConvKernel:
+    """Return `x`: the laws keep their precision, whatever dtype or device forward asks for."""
+    for target in (*args, *kwargs.values()):
+        dtype = target.dtype if isinstance(target, Tensor) else target
+        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+            raise NotFoldableError(f"a cast to {dtype} is not affine")
+    return share(x, x.exact())
+
+
+def _in_place(rule: Callable[..., ConvKernel]) -> Callable[..., ConvKernel]:
+    """Return the rule of a function that writes what `rule` returns into its first argument."""
+
+    def change(x: Any, *args: Any, **kwargs: Any) -> ConvKernel:
+        new = rule(x, *args, **kwargs)
+        if not isinstance(x, ConvKernel):
+            raise NotFoldableError("forward adds maps of its input to a constant in place")
+        return overwrite(x, new)
+
+    return change
 
 
 def _then(x: ConvKernel, kernel: ConvKernel) -> ConvKernel:
@@ -439,9 +519,12 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,
-    torch.rsub: lambda x, y: _sub(y, x),
+    torch.rsub: lambda x, y, alpha=1: _sub(y, x, alpha=alpha),
     Tensor.__rsub__: lambda x, y: _sub(y, x),
     Tensor.__getitem__: _getitem,
+    Tensor.__setitem__: _setitem,
+    **dict.fromkeys([Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda], _cast),
+    **dict.fromkeys([Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16], _cast),
     Tensor.size: _size,
     Tensor.dim: lambda x: x.ndim,
     **{
@@ -452,16 +535,30 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
             (("mul", "multiply", "__mul__", "__rmul__"), _mul),
             (("div", "divide", "true_divide", "__truediv__"), _div),
             (("neg", "negative", "__neg__"), lambda x: _mul(x, -1)),
+            (("add_", "__iadd__"), _in_place(_add)),
+            (("sub_", "subtract_", "__isub__"), _in_place(_sub)),
+            (("mul_", "multiply_", "__imul__"), _in_place(_mul)),
+            (("div_", "divide_", "true_divide_", "__itruediv__"), _in_place(_div)),
             (("split", "split_with_sizes"), _split),
             (("chunk",), _chunk),
             (("narrow",), _narrow),
-            (("clone", "contiguous"), _unchanged),
+            (("clone",), _clone),
+            (("contiguous",), _contiguous),
             (("detach",), _detach),
         )
         for name in names
         for namespace in (torch, Tensor)
         if (function := getattr(namespace, name, None)) is not None
     },
+}
+
+KEYWORDS = {  # what torch calls the arguments of the rules
+    "input": "x",
+    "tensor": "x",
+    "other": "y",
+    "split_size": "sizes",
+    "split_sizes": "sizes",
+    "split_size_or_sections": "sizes",
 }
 
 _SIZED = "depends on the size of its input"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from repnet.precision import CHUNK, InFloat64
 
@@ -46,3 +51,66 @@ def test_weights_stay_as_they_are_and_keep_their_gradients() -> None:
     assert conv.weight.dtype == torch.float32
     expected = x.expand(WIDE, -1, -1, -1)
     torch.testing.assert_close(conv.weight.grad, expected)
+
+
+def packed(m: nn.Module, x: Tensor) -> Tensor:
+    return m(pack_padded_sequence(x, [5, 3], batch_first=True))[0].data
+
+
+MASK = torch.tensor([[False] * 4 + [True], [False] * 3 + [True] * 2])
+ENCODER = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+SEQUENCES: dict[str, tuple[nn.Module, Callable[[Any, Tensor], Tensor]]] = {
+    "LSTM": (nn.LSTM(8, 6, 2, bidirectional=True), lambda m, x: m(x)[0]),
+    "LSTM with projection": (nn.LSTM(8, 6, proj_size=3), lambda m, x: m(x)[1][1]),
+    "LSTM, packed": (nn.LSTM(8, 6, batch_first=True), packed),
+    "LSTM cell": (nn.LSTMCell(8, 6), lambda m, x: m(x[0])[0]),
+    "GRU": (nn.GRU(8, 6, batch_first=True), lambda m, x: m(x)[0]),
+    "RNN": (nn.RNN(8, 6, nonlinearity="relu"), lambda m, x: m(x)[0]),
+    "attention": (nn.MultiheadAttention(8, 2, batch_first=True), lambda m, x: m(x, x, x)[0]),
+    "attention without weights": (
+        nn.MultiheadAttention(8, 2),
+        lambda m, x: m(x, x, x, need_weights=False)[0],
+    ),
+    "encoder layer": (ENCODER, lambda m, x: m(x)),
+    "encoder, masked": (
+        nn.TransformerEncoder(ENCODER, 2),
+        lambda m, x: m(x, src_key_padding_mask=MASK)[~MASK],
+    ),
+    "decoder layer": (nn.TransformerDecoderLayer(8, 2, 16), lambda m, x: m(x, x)),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])  # fast paths need no grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_layers_that_compare_dtypes_are_exact(name: str, dtype: torch.dtype, grad: bool) -> None:
+    layer, forward = deepcopy(SEQUENCES[name])
+    layer.to(dtype).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.set_grad_enabled(grad), InFloat64():
+        actual = forward(layer, x)
+    with torch.set_grad_enabled(grad):
+        expected = forward(layer.double(), x.double())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+class Asserting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == self.conv.weight.dtype == self.conv.bias.data.dtype == torch.float64
+        assert self.steps.dtype == torch.int64
+        assert (x > 0).dtype == torch.bool
+        return self.conv(x) * self.steps
+
+
+def test_every_floating_point_tensor_says_float64() -> None:
+    module, x = Asserting(), torch.randn(1, 3, 5, 5)
+    with InFloat64():
+        actual = module(x)
+    assert module.conv.weight.dtype == torch.float32
+    torch.testing.assert_close(actual, module.double()(x.double()), rtol=1e-12, atol=1e-12)
