@@ -1455,6 +1455,7 @@ class RTDETRDecoder(nn.Module):
             self.shapes = shapes
         features = self.enc_output(self.valid_mask[None, :, None] * feats)
         scores = self.enc_score_head(features)
+        scores = scores.masked_fill(~self.valid_mask[None, :, None], -1e3)
         topk_ind = torch.topk(scores.max(-1).values, self.num_queries, dim=1).indices.view(-1)
         batch_ind = torch.arange(bs).unsqueeze(-1).repeat(1, self.num_queries).view(-1)
         queries = features[batch_ind, topk_ind].view(bs, self.num_queries, -1)

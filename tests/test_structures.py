@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 import repnet
-from tests.models import randomize_batch_norm
+from tests.models import randomize_batch_norm, relative_error
 from tests.runs import assert_outputs_agree, count_calls
 from tests.structures import STRUCTURES, Structure
 
@@ -67,6 +68,15 @@ def folding(request: pytest.FixtureRequest) -> Folding:
     after = plain_state(model)
     changes = [key for key in before | after if not same(before.get(key), after.get(key))]
     return Folding(structure, model, folded, report, example, other, changes)
+
+
+@torch.no_grad()
+def test_the_network_looks_at_its_input(folding: Folding) -> None:
+    first, second = (
+        [t for t in tree_leaves(folding.model(x)) if isinstance(t, Tensor)]
+        for x in (folding.example, folding.example + 1)
+    )
+    assert all(relative_error(a, b) > 1e4 * TOLERANCE for a, b in zip(first, second, strict=True))
 
 
 def test_no_norm_is_left(folding: Folding) -> None:
