@@ -62,17 +62,17 @@ def assert_outputs_agree(
             assert error <= tolerance, f"{path}: relative error {error}"
         else:
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    elif isinstance(expected, Mapping):
-        assert list(actual) == list(expected), f"{path}: keys {list(actual)}"
-        for key, value in expected.items():
-            assert_outputs_agree(value, actual[key], tolerance, f"{path}[{key!r}]")
+    elif isinstance(expected, Mapping) or is_dataclass(expected):
+        if isinstance(expected, Mapping):
+            assert list(actual) == list(expected), f"{path}: keys {list(actual)}"
+            for key, value in expected.items():
+                assert_outputs_agree(value, actual[key], tolerance, f"{path}[{key!r}]")
+        for field in fields(expected) if is_dataclass(expected) else ():
+            first, second = (getattr(value, field.name) for value in (expected, actual))
+            assert_outputs_agree(first, second, tolerance, f"{path}.{field.name}")
     elif isinstance(expected, list | tuple):
         assert len(actual) == len(expected), f"{path}: {len(actual)} parts"
         for index, (first, second) in enumerate(zip(expected, actual, strict=True)):
             assert_outputs_agree(first, second, tolerance, f"{path}[{index}]")
-    elif is_dataclass(expected):
-        for field in fields(expected):
-            first, second = (getattr(value, field.name) for value in (expected, actual))
-            assert_outputs_agree(first, second, tolerance, f"{path}.{field.name}")
     else:
         assert actual == expected, f"{path}: {actual} is not {expected}"
