@@ -5,8 +5,10 @@
 Each model gets random batch norm statistics, evaluation mode and float64, and is folded by each
 method in a process of its own. What is counted is what runs: calls of batch norm on a feature map,
 and of convolution and linear layers. A call of batch norm is "foldable" if it alone consumes what a
-convolution or linear layer returned; a fold is complete if it leaves no such call. Seconds are
-those of the fold, for repnet with its proof, on whatever else the machine does.
+convolution or linear layer returned; a fold is complete if it leaves no such call. Errors are
+those of the outputs on the example, and on a batch of two other images, 32 pixels larger where the
+model takes that. Seconds are those of the fold, for repnet with its proof, on whatever else the
+machine does.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import argparse
 import json
 import multiprocessing
 import platform
+import re
+import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
-from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -91,25 +94,29 @@ TIMM = {
     bat_resnext26ts botnet26t_256 eca_botnext26ts_256 halo2botnet50ts_256 halonet_h1
     lamhalobotnet50ts_256 maxvit_pico_rw_256 sebotnet33ts_256 sehalonet33ts""",
 }
-METHODS = ("modules", "graph", "timm", "fx")
 TITLES = {
-    "modules": "repnet.reparameterize",
+    "default": "repnet.reparameterize",
     "graph": "repnet.reparameterize_graph",
     "timm": "timm reparameterize_model",
     "fx": "torch.fx fuse",
 }
 WRONG = 1e-6  # relative error in float64 that no rounding explains
-LAYERS = {"aten::convolution", "aten::_convolution", "aten::linear", "aten::addmm", "aten::mm"}
-VIEWS = {
-    "aten::_unsafe_view",
-    "aten::alias",
-    "aten::detach",
-    "aten::reshape",
-    "aten::squeeze",
-    "aten::unsqueeze",
-    "aten::view",
+SOURCES = {  # of a norm's input; other operators go by their own names
+    operator: text
+    for text, operators in {
+        "an activation": "relu silu gelu hardswish hardtanh leaky_relu elu sigmoid tanh mish",
+        "a pooling": "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d",
+        "a sum": "add sub",
+        "a concatenation": "cat",
+        "a product": "mul",
+        "a norm": "native_batch_norm _native_batch_norm_legit_no_training",
+    }.items()
+    for operator in operators.split()
 }
+LAYERS = {"convolution", "_convolution", "linear", "addmm", "mm"}
+VIEWS = {"_unsafe_view", "alias", "detach", "reshape", "squeeze", "unsqueeze", "view"}
 Row = dict[str, Any]
+Content = tuple[list[str], list[list[str]]]
 
 
 def models() -> dict[str, int]:
@@ -122,12 +129,13 @@ def models() -> dict[str, int]:
     }
 
 
-def build(name: str, size: int) -> tuple[nn.Module, Any]:
-    """Return the model with random batch norms, in evaluation, in float64, and its input."""
+def build(name: str, size: int) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Return the model, random and in float64, its example, and others to try, by description."""
     torch.manual_seed(0)
     library, _, builder = name.partition("/")
-    image = torch.randn(1, 3, size, size, dtype=torch.float64)
-    inputs: Any = image
+    inputs: Any = torch.randn(1, 3, size, size, dtype=torch.float64)
+    sides = (size + 32, size)
+    others: dict[str, Any] = {f"2 x {n} px": torch.randn(2, 3, n, n).double() for n in sides}
     if library == "timm":
         model = timm.create_model(builder, pretrained=False)
     else:
@@ -138,7 +146,8 @@ def build(name: str, size: int) -> tuple[nn.Module, Any]:
             options["box_score_thresh" if "rcnn" in builder else "score_thresh"] = 0.0
             if not builder.startswith("ssd"):
                 options |= {"min_size": size, "max_size": size}
-            inputs = ([image[0].sigmoid()],)
+            inputs = ([inputs[0].sigmoid()],)
+            others = {key: (list(images.sigmoid()),) for key, images in others.items()}
         elif builder.startswith(("fcn", "deeplabv3", "lraspp")):
             options = {"weights_backbone": None}
         elif builder in ("googlenet", "inception_v3"):
@@ -156,7 +165,7 @@ def build(name: str, size: int) -> tuple[nn.Module, Any]:
             for tensor in (module.running_mean, module.bias):
                 if tensor is not None:
                     nn.init.normal_(tensor, std=0.1)
-    return model.eval().double(), inputs
+    return model.eval().double(), inputs, others
 
 
 class Calls(TorchDispatchMode):
@@ -170,10 +179,10 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.layers = 0
-        self.norms = 0
         self.consumers: Counter[int] = Counter()  # of what layer call n returned
         self.origins: dict[int, int] = {}  # layer call by id of what it returned, or a view of it
-        self.after: list[tuple[int, str, str]] = []  # layer call, its module, the norm's module
+        self.sources: dict[int, str] = {}  # operator by id of what it returned, or a view of it
+        self.inputs: list[tuple[str, int | None, str]] = []  # of norms: source, layer call, module
         self.kept: list[Any] = []  # as long as a tensor lives, its id is its own
         self.where: list[str] = []
         self.names: dict[int, str] = {}
@@ -183,21 +192,22 @@ class Calls(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         self.kept.append((args, output))
-        name = func._schema.name
+        name = func._schema.name.partition("::")[2]
         if name in VIEWS:
+            self.sources[id(output)] = self.sources.get(id(args[0]), "an input")
             if id(args[0]) in self.origins:
                 self.origins[id(output)] = self.origins[id(args[0])]
             return output
         where = self.where[-1] if self.where else ""
         if "batch_norm" in name and not self._of_batch(func, args):
-            self.norms += 1
-            if (call := self.origins.get(id(args[0]))) is not None:
-                self.after.append((call, self.names[call], where))
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor) and (call := self.origins.get(id(tensor))) is not None:
-                self.consumers[call] += 1
+            source, call = self.sources.get(id(args[0]), "an input"), self.origins.get(id(args[0]))
+            self.inputs.append((source, call, where))
+        given = tensors_of((args, kwargs))
+        self.consumers.update(self.origins[id(t)] for t in given if id(t) in self.origins)
         if func._schema.is_mutable:
             self.origins.pop(id(args[0]), None)
+        for tensor in tree_leaves(output):
+            self.sources[id(tensor)] = SOURCES.get(name.rstrip("_"), name)
         if name in LAYERS:
             self.origins[id(output)] = self.layers
             self.names[self.layers] = where
@@ -216,115 +226,106 @@ class Calls(TorchDispatchMode):
         for name, module in self.model.named_modules():
             label = f"{name} ({type(module).__name__})"
             enter = lambda *_, label=label: self.where.append(label)
-            leave = lambda *_: self.where.pop() and None
-            handles += [
-                module.register_forward_pre_hook(enter),
-                module.register_forward_hook(leave),
-            ]
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(lambda *_: self.where.pop() and None))
         try:
             with torch.no_grad(), self:
                 output = self.model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         finally:
             for handle in handles:
                 handle.remove()
-        tensors = list(leaves(output))
-        for tensor in tensors:
-            if (call := self.origins.get(id(tensor))) is not None:
-                self.consumers[call] += 1
+        tensors = tensors_of(output)
+        self.consumers.update(self.origins[id(t)] for t in tensors if id(t) in self.origins)
         return tensors
 
-    def foldable(self) -> list[tuple[str, str]]:
-        """Return the modules of each foldable call: of the layer, of the norm."""
-        return [(layer, norm) for n, layer, norm in self.after if self.consumers[n] == 1]
+    def norms(self, reasons: dict[str, str]) -> list[Row]:
+        """Return the calls of batch norm: what is before them, and why they are there."""
+        rows = []
+        for source, call, norm in self.inputs:
+            foldable = call is not None and self.consumers[call] == 1
+            if call is not None:
+                source = "a layer" if foldable else "a layer with other users"
+            layer = "" if call is None else self.names[call]
+            row = {"norm": norm, "input": source, "layer": layer, "foldable": foldable}
+            rows.append(row | {"reason": reason_of(norm, reasons)})
+        return rows
 
 
-def leaves(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, dicts and dataclasses."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf):
-            for entry in fields(leaf):
-                yield from leaves(getattr(leaf, entry.name))
+def tensors_of(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def relative_error(expected: list[Tensor], actual: list[Tensor]) -> float:
     """Return the largest `max |a - b| / max |a|` of the pairs; infinite if shapes differ."""
     if [t.shape for t in expected] != [t.shape for t in actual]:
         return float("inf")
-    errors = [0.0]
-    for a, b in zip(expected, actual, strict=True):
-        if a.numel():
-            scale, difference = a.double().abs().max(), (a.double() - b.double()).abs().max()
-            error = float(difference / scale if scale > 0 else difference)
-            errors.append(error if error == error else float("inf"))
-    return max(errors)
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, actual, strict=True) if a.numel()]
+    errors = [float((a - b).abs().max() / (a.abs().max() or 1)) for a, b in pairs]
+    return max((e if e == e else float("inf") for e in errors), default=0.0)
 
 
-def method_of(method: str, inputs: Any) -> Callable[[nn.Module], tuple[nn.Module, dict[str, str]]]:
-    """Return a function from a model to its fold and the reasons, by name, for what it left."""
+def fold(method: str, model: nn.Module, inputs: Any) -> tuple[nn.Module, dict[str, str]]:
+    """Return the folded model and the reasons, by name, for what is left."""
     if method == "timm":
-        return lambda model: (reparameterize_model(model), {})
+        return reparameterize_model(model), {}
     if method == "fx":
-        return lambda model: (fuse(model), {})
-    name = "reparameterize" if method == "modules" else "reparameterize_graph"
-    fold: Any = getattr(repnet, name)
-
-    def run(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-        folded, report = fold(model, inputs, return_report=True)
-        return folded, dict(getattr(report, "skipped", {}))
-
-    return run
-
-
-def available(methods: list[str]) -> list[str]:
-    return [m for m in methods if m != "graph" or hasattr(repnet, "reparameterize_graph")]
+        return fuse(model), {}
+    call = repnet.reparameterize if method == "default" else repnet.reparameterize_graph
+    folded, report = call(model, inputs, return_report=True)
+    return folded, report.skipped
 
 
 def measure(name: str, size: int, method: str, connection: Connection) -> None:
     """Send what the model does before, then what the method makes of it."""
     warnings.simplefilter("ignore")
     try:
-        model, inputs = build(name, size)
+        model, inputs, others = build(name, size)
         calls = Calls(model)
         expected = [t.clone() for t in calls.run(inputs)]
     except Exception as error:
         connection.send({"error": f"the model: {one_line(error)}"})
         return
-    connection.send(
-        {
-            "norms": calls.norms,
-            "layers": calls.layers,
-            "foldable": len(calls.foldable()),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-    )
+    norms = calls.norms({})
+    row: Row = {
+        "norms": len(norms),
+        "layers": calls.layers,
+        "foldable": sum(bool(n["foldable"]) for n in norms),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     del calls
-    connection.send(outcome(method, model, inputs, expected))
+    checks = {"relative_error": (inputs, expected)}
+    for row["other"], other in others.items():
+        with suppress(Exception):
+            checks["other_error"] = other, [t.clone() for t in Calls(model).run(other)]
+            break
+    else:
+        row["other"] = "n/a"
+    connection.send(row)
+    connection.send(outcome(method, model, checks))
 
 
-def outcome(method: str, model: nn.Module, inputs: Any, expected: list[Tensor]) -> Row:
+def outcome(method: str, model: nn.Module, checks: dict[str, tuple[Any, list[Tensor]]]) -> Row:
+    """Return what a method makes of the model; checks are inputs and what it returned there."""
     start = time.perf_counter()
-    stage = ""
+    row: Row = {}
     try:
-        folded, reasons = method_of(method, inputs)(model)
-        seconds = time.perf_counter() - start
-        stage = "its result, when run: "
-        calls = Calls(folded.eval())
-        actual = calls.run(inputs)
+        folded, reasons = fold(method, model, checks["relative_error"][0])
+        row["seconds"] = time.perf_counter() - start
+        for key, (inputs, expected) in checks.items():
+            calls = Calls(folded.eval())
+            row[key] = relative_error(expected, calls.run(inputs))
+            if key == "relative_error":
+                norms, layers = calls.norms(reasons), calls.layers
     except Exception as error:
-        return {"error": stage + one_line(error), "seconds": time.perf_counter() - start}
-    return {
-        "norms_after": calls.norms,
-        "layers_after": calls.layers,
-        "foldable_after": len(calls.foldable()),
+        if "relative_error" not in row:
+            return {"seconds": time.perf_counter() - start, "error": one_line(error)}
+        row["other_refused"] = one_line(error)
+    return row | {
+        "norms_after": len(norms),
+        "layers_after": layers,
+        "foldable_after": sum(n["foldable"] for n in norms),
         "parameters_after": sum(p.numel() for p in folded.parameters()),
-        "relative_error": relative_error(expected, actual),
-        "seconds": seconds,
-        "remaining": [
-            {"layer": layer, "norm": norm, "reason": reason_of(norm, reasons)}
-            for layer, norm in calls.foldable()
-        ],
+        "remaining": norms,
     }
 
 
@@ -363,61 +364,74 @@ def run_all(work: list[tuple[str, int, str]], jobs: int, timeout: float) -> Iter
                 process.join()
                 del running[connection]
                 if "error" not in row and "seconds" not in row:
-                    late = time.monotonic() > deadline
-                    row["error"] = (
-                        f"not done after {timeout:.0f} s"
-                        if late
-                        else f"the process ended with code {process.exitcode}"
-                    )
+                    row["error"] = f"the process ended with code {process.exitcode}"
+                    if time.monotonic() > deadline:
+                        row["error"] = f"not done after {timeout:.0f} s"
                 yield row
         for process, _, deadline in running.values():
             if time.monotonic() > deadline:
                 process.terminate()
 
 
-def totals(rows: list[Row], methods: list[str]) -> tuple[list[str], list[list[str]]]:
+def worst(row: Row) -> float:
+    return max(row["relative_error"], row.get("other_error", 0.0))
+
+
+def totals(rows: list[Row], methods: list[str]) -> Content:
     """Return the header and one line per method."""
-    header = ["method", "models", "raised", "BN calls", "removed", "foldable left", "complete"]
-    header += ["no BN left", "worst error", "wrong", "larger", "seconds"]
-    lines = []
+    lines: list[dict[str, str]] = []
     for method in methods:
         own = [r for r in rows if r["method"] == method and r.get("norms")]
-        if not own:
-            lines.append([TITLES[method], *["n/a"] * (len(header) - 1)])
-            continue
         done = [r for r in own if "error" not in r]
-        before = sum(r["norms"] for r in own)
+        norms, layers = (sum(r[key] for r in own) for key in ("norms", "layers"))
         removed = sum(r["norms"] - r["norms_after"] for r in done)
-        left = sum(r["foldable_after"] for r in done)
-        left += sum(r["foldable"] for r in own if "error" in r)
-        finite = [r["relative_error"] for r in done if r["relative_error"] <= WRONG]
-        lines.append(
-            [
-                TITLES[method],
-                str(len(own)),
-                str(len(own) - len(done)),
-                f"{before:,}",
-                f"{removed / before:.1%}",
-                f"{left:,}",
-                str(sum(r["foldable_after"] == 0 for r in done)),
-                str(sum(r["norms_after"] == 0 for r in done)),
-                f"{max(finite, default=0):.1e}",
-                str(len(done) - len(finite)),
-                str(sum(r["parameters_after"] > r["parameters"] for r in done)),
-                f"{sum(r.get('seconds', 0) for r in own):.0f}",
-            ]
-        )
-    return header, lines
+        merged = sum(r["layers"] - r["layers_after"] for r in done)
+        right = [worst(r) for r in done if worst(r) <= WRONG]
+        line = {
+            "method": TITLES[method],
+            "models": len(own),
+            "raised": len(own) - len(done),
+            "BN calls": f"{norms:,}",
+            "removed": f"{removed / max(norms, 1):.1%}",
+            "foldable left": sum(r["foldable" if "error" in r else "foldable_after"] for r in own),
+            "layers": f"{layers:,}",
+            "left": f"{layers - merged:,}",
+            "complete": sum(r["foldable_after"] == 0 for r in done),
+            "no BN left": sum(r["norms_after"] == 0 for r in done),
+            "worst error": f"{max(right, default=0):.1e}",
+            "wrong": len(done) - len(right),
+            "refuse another input": sum("other_refused" in r for r in done),
+            "larger": sum(r["parameters_after"] > r["parameters"] for r in done),
+            "seconds": f"{sum(r.get('seconds', 0) for r in own):.0f}",
+        }
+        lines.append({key: str(value) for key, value in line.items()})
+    return list(lines[0]), [list(line.values()) for line in lines]
 
 
-def by_model(rows: list[Row], methods: list[str]) -> tuple[list[str], list[list[str]]]:
+def by_reason(rows: list[Row]) -> Content:
+    """Return the header and one line per kind of batch norm that a method of repnet left."""
+    header = ["method", "BN calls", "models", "the norm's input is", "reason", "for example"]
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        for left in row.get("remaining", []) if row["method"] in ("default", "graph") else []:
+            reason = re.sub(r"'[^']*'|\d[\d,]*", "#", left["reason"])
+            key = (row["method"], left["input"], reason)
+            groups.setdefault(key, []).append(f"{row['model']} {left['norm']}")
+    lines = [
+        [TITLES[m], f"{len(g):,}", str(len({e.split()[0] for e in g})), source, reason, g[0]]
+        for (m, source, reason), g in groups.items()
+    ]
+    return header, sorted(lines, key=lambda line: (line[0], -int(line[1].replace(",", ""))))
+
+
+def by_model(rows: list[Row], methods: list[str]) -> Content:
     """Return the header and one line per model."""
-    header = ["model", "size", "BN", "foldable", "layers", *methods]
-    lines = []
+    header = ["model", "size", "BN", "foldable", "layers", "other size and batch", *methods]
+    lines, keys = [], ("size", "norms", "foldable", "layers", "other")
     for name in dict.fromkeys(r["model"] for r in rows):
         own = {r["method"]: r for r in rows if r["model"] == name}
         first = next(iter(own.values()))
-        line = [name, *(str(first.get(key, "")) for key in ("size", "norms", "foldable", "layers"))]
+        line = [name, *(str(first.get(key, "")) for key in keys)]
         lines.append(line + [cell(own.get(method)) for method in methods])
     return header, lines
 
@@ -427,14 +441,15 @@ def cell(row: Row | None) -> str:
         return "n/a"
     if "error" in row:
         return f"raises: {row['error'][:60]}"
-    mark = "complete" if row["foldable_after"] == 0 else f"{row['foldable_after']} foldable"
-    if not row["relative_error"] <= WRONG:
+    mark = f"{row['foldable_after']} foldable" if row["foldable_after"] else "complete"
+    if not worst(row) <= WRONG:
         mark += ", WRONG"
     if row["parameters_after"] > row["parameters"]:
         mark += ", LARGER"
+    other = f"{row['other_error']:.0e}" if "other_error" in row else "n/a"
     return (
-        f"{row['norms_after']}, {mark}, {row['layers_after']}, "
-        f"{row['relative_error']:.0e}, {row['seconds']:.1f} s"
+        f"{row['norms_after']}, {mark}, {row['layers_after']}, {row['relative_error']:.0e}, other "
+        f"{'refused' if 'other_refused' in row else other}, {row['seconds']:.1f} s"
     )
 
 
@@ -442,34 +457,21 @@ def environment() -> str:
     return (
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm "
         f"{timm.__version__}, repnet {repnet.__version__}, {platform.machine()} CPU, one thread a "
-        "model, batch of 1, float64"
+        "model, example batch of 1, float64"
     )
 
 
-def markdown(rows: list[Row], methods: list[str]) -> str:
+def markdown(content: dict[str, Content]) -> str:
     parts = [
         "# What is folded of other people's convnets",
         f"Written by `python benchmarks/fold_coverage.py --markdown`: {environment()}.",
         *(p.replace("\n", " ") for p in (__doc__ or "").split("\n\n")[2:]),
     ]
-    for title, (header, lines) in (
-        ("Totals", totals(rows, methods)),
-        ("Models", by_model(rows, methods)),
-    ):
-        cells = [header, ["---"] * len(header), *lines]
-        text = "\n".join(
-            "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in cells
-        )
-        parts += [f"## {title}", text]
+    for title, (header, lines) in content.items():
+        cells = [[c.replace("|", "\\|") for c in line] for line in lines]
+        text = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *cells]]
+        parts += [f"## {title}", "\n".join(text)]
     return "\n\n".join(p.strip() for p in parts) + "\n"
-
-
-def print_table(console: Console, title: str, content: tuple[list[str], list[list[str]]]) -> None:
-    header, lines = content
-    table = Table(*header, title=title)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 def main() -> None:
@@ -477,14 +479,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of 'library/name'")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=300,
-        help="seconds for one fold of one model, with building it",
-    )
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one fold")
     parser.add_argument("--json", type=Path, metavar="OUT", help="rows as JSON lines, as they come")
     parser.add_argument("--resume", action="store_true", help="keep the rows that OUT holds")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="the tables as a page")
@@ -492,7 +489,7 @@ def main() -> None:
     if arguments.resume and not arguments.json:
         parser.error("--resume continues a file: name it with --json")
     torch.set_num_threads(1)  # a process with threads could not fork
-    import_module("repnet.folding")  # once, not in every fork
+    assert callable(repnet.reparameterize)  # which is imported once, not in every fork
     rows: list[Row] = []
     if arguments.resume and arguments.json.exists():
         rows = [json.loads(line) for line in arguments.json.read_text().splitlines()]
@@ -503,12 +500,10 @@ def main() -> None:
     work = [
         (name, size, method)
         for name, size in models().items()
-        for method in available(arguments.methods)
+        for method in arguments.methods
         if fnmatch(name, arguments.only) and (name, method) not in done
     ]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=220)
+    console = Console(width=None if sys.stdout.isatty() else 220)
     with Progress(console=console) as progress:
         task = progress.add_task("folding", total=len(work))
         for row in run_all(work, arguments.jobs, arguments.timeout):
@@ -517,17 +512,22 @@ def main() -> None:
             if arguments.json:
                 with arguments.json.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-    order = {name: n for n, name in enumerate(models())}
-    rows = sorted(
-        (r for r in rows if fnmatch(r["model"], arguments.only) and r["model"] in order),
-        key=lambda r: order[r["model"]],
-    )
-    print_table(console, "Models", by_model(rows, arguments.methods))
-    print_table(console, "Totals", totals(rows, arguments.methods))
+    named = {name: [r for r in rows if r["model"] == name] for name in models()}
+    rows = [r for name, own in named.items() if fnmatch(name, arguments.only) for r in own]
+    content = {
+        "Totals": totals(rows, arguments.methods),
+        "Why norm calls are left": by_reason(rows),
+        "Models": by_model(rows, arguments.methods),
+    }
+    for title, (header, lines) in reversed(content.items()):
+        table = Table(*header, title=title)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
     console.print(environment())
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        arguments.markdown.write_text(markdown(rows, arguments.methods))
+        arguments.markdown.write_text(markdown(content))
 
 
 if __name__ == "__main__":
