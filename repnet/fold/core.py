@@ -15,6 +15,7 @@ proof (`proof.py`) is excluded, and the plan is made again without it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from repnet.fold.norm_chains import Chains, Head, Link, prefix_of
 from repnet.fold.record import Frame
 from repnet.fold.regions import Region, Regions, tensors_of
 from repnet.fold.report import Fold
-from repnet.fold.rewrite import copy_with, graph_of, identity_like, with_attributes
+from repnet.fold.rewrite import GraphError, copy_with, graph_of, identity_like, with_attributes
 from repnet.fold.survey import Survey, is_identity, within
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
@@ -72,6 +73,28 @@ class Built:
     made: list[tuple[str, nn.Module, torch.dtype]]
 
 
+class RefusedError(Exception):
+    """A fold cannot be built.
+
+    Args:
+        name: of the fold, as in `Folding.excluded`.
+        reason: why not.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors name the fold that they belong to."""
+    try:
+        yield
+    except (NotFoldableError, GraphError) as error:  # values may tell what shapes do not
+        raise RefusedError(name, str(error)) from error
+
+
 class Folding:
     """One folding of one model.
 
@@ -108,10 +131,10 @@ class Folding:
     def plan(self) -> Plan:
         """Return what to fold, without what is excluded."""
         self._planned = plan = Plan(skipped=dict(self.excluded))
+        self._consumed: set[str] = set()  # names of modules that are part of a region
         self._visit("", self.source, set())
-        taken = {node for regions in plan.graphs.values() for r in regions for node in r.nodes}
-        taken |= {node for region in plan.rows for node in region.nodes}
-        chains = Chains(self.survey, self.sketch, plan.whole, taken)
+        regions = [*plan.rows, *(r for found in plan.graphs.values() for r in found)]
+        chains = Chains(self.survey, self.sketch, plan.whole, regions)
         found = chains.find()
         plan.chains = {tail: own for tail, own in found.items() if tail not in self.excluded}
         if self.norms == "keep":
@@ -125,7 +148,6 @@ class Folding:
             return
         seen.add(id(module))
         plan = self._planned
-        consumed: set[str] = set()
         if name in self.survey.frames:
             if self.forced is None or name not in self.forced:
                 try:
@@ -138,10 +160,10 @@ class Folding:
                     plan.whole[name] = self.survey.frames[name][0]
                     return
             for region in self._regions(name):
-                consumed |= {str(n.target) for n in region.nodes if n.op == "call_module"}
+                self._consumed |= {str(n.target) for n in region.nodes if n.op == "call_module"}
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}" if name else child_name
-            if path not in consumed:
+            if path not in self._consumed:
                 self._visit(path, child, seen)
 
     def _check_whole(self, name: str) -> None:
@@ -291,41 +313,16 @@ class Folding:
             if dtype is not None:
                 made.append((fold, new, dtype))
 
-        for name, frame in plan.whole.items():
-            links = plan.chains.get(name, ())
-            given = self.survey.tensor_argument(frame)
-            assert given is not None
-            kernel = self.kernels.frame(frame, self.kernels.identity(given))
-            names = [name, *(link.head.name for link in links)]
-            if self.norms == "keep":
-                kernel = self._moved_bias(name, kernel, links, put)
-            elif links:
-                kernel = kernel.then(self._norm(links, kernel.axes))
-            layer = self._layer(kernel, names)
-            put(name, name, with_attributes(layer, self.survey.modules[name]), self._dtype(names))
-            if self.norms == "absorb":
-                self._remove(name, links, put)
-            inner = [n for n, m in self.survey.modules.items() if within(n, name) and _owns(m)]
-            end = links[-1].head.name if links else name
-            followers = [link.head.name for link in links if self.norms == "absorb"]
-            folds.append((Fold(name, (*inner, *followers), end=end if links else None), end))
+        for name in plan.whole:
+            with _named(name):
+                self._build_whole(name, plan, put, folds)
         for tail, links in plan.chains.items():
-            if tail in plan.whole:
-                continue
-            names = [tail, *(link.head.name for link in links)]
-            norm = self._norm(links, 0)
-            put(tail, tail, self._absorbed(tail, norm, names), self._dtype([tail]))
-            self._remove(tail, links, put)
-            folds.append((Fold(tail, tuple(names), end=names[-1]), names[-1]))
+            if tail not in plan.whole:
+                with _named(tail):
+                    self._build_chain(tail, links, put, folds)
         for region in plan.rows:
-            layer = self._region_layer(region)
-            names = [str(n.target) for n in region.nodes]
-            for name in names:
-                module = self.survey.modules[name]
-                put(region.name, name, with_attributes(layer, module) if name == region.name
-                    else identity_like(module))  # fmt: skip
-            made.append((region.name, layer, self._dtype(names)))
-            folds.append((Fold(region.name, self._layers(region), end=names[-1]), names[-1]))
+            with _named(region.name):
+                self._build_row(region, put, folds)
         layers: dict[str, dict[Region, nn.Module]] = {}
         for name, regions in plan.graphs.items():
             layers[name] = {}
@@ -333,19 +330,57 @@ class Folding:
             for region in regions:
                 new = signatures.get(region.signature)
                 if new is None:
-                    new = signatures[region.signature] = self._region_layer(region)
-                    key = name if self.forced is None else region.name
+                    with _named(region.name):
+                        new = signatures[region.signature] = self._region_layer(region)
                     dtype = self._dtype_of(tensors_of(region, self.kernels).values())
-                    made.append((key, new, dtype))
+                    made.append((region.name, new, dtype))
                     folds.append((Fold(region.name, self._layers(region)), name))
                 layers[name][region] = new
         model = copy_with(self.source, replaced)
         for name in sorted(plan.graphs, key=len, reverse=True):  # the innermost first
             frame = self.survey.frames[name][0]
-            model = graph_of(model, self.survey, frame, layers[name], guarded=self.forced is not None)
+            guarded = self.forced is not None
+            with _named(name):
+                model = graph_of(model, self.survey, frame, layers[name], guarded=guarded)
         order = {name: n for n, name in enumerate(self.survey.modules)}
         folds.sort(key=lambda item: order.get(item[0].name, len(order)))
         return Built(model, folds, made)
+
+    def _build_whole(self, name: str, plan: Plan, put: Any, folds: list[Any]) -> None:
+        links = plan.chains.get(name, ())
+        given = self.survey.tensor_argument(plan.whole[name])
+        assert given is not None
+        kernel = self.kernels.frame(plan.whole[name], self.kernels.identity(given))
+        names = [name, *(link.head.name for link in links)]
+        if self.norms == "keep":
+            kernel = self._moved_bias(name, kernel, links, put)
+        elif links:
+            kernel = kernel.then(self._norm(links, kernel.axes))
+            self._remove(name, links, put)
+        layer = with_attributes(self._layer(kernel, names), self.survey.modules[name])
+        put(name, name, layer, self._dtype(names))
+        inner = [n for n, m in self.survey.below(name).items() if _owns(m)]
+        followers = names[1:] if self.norms == "absorb" else []
+        folds.append((Fold(name, (*inner, *followers), names[-1] if links else None), names[-1]))
+
+    def _build_chain(
+        self, tail: str, links: Sequence[Link], put: Any, folds: list[Any]
+    ) -> None:
+        names = [tail, *(link.head.name for link in links)]
+        put(tail, tail, self._absorbed(tail, self._norm(links, 0), names), self._dtype([tail]))
+        self._remove(tail, links, put)
+        folds.append((Fold(tail, tuple(names), end=names[-1]), names[-1]))
+
+    def _build_row(self, region: Region, put: Any, folds: list[Any]) -> None:
+        layer = self._region_layer(region)
+        names = [str(n.target) for n in region.nodes]
+        for name in names:
+            module = self.survey.modules[name]
+            if name == region.name:
+                put(name, name, with_attributes(layer, module), self._dtype(names))
+            else:
+                put(region.name, name, identity_like(module))
+        folds.append((Fold(region.name, self._layers(region), end=names[-1]), names[-1]))
 
     def _layers(self, region: Region) -> tuple[str, ...]:
         names = (key.rpartition(".")[0] for key in tensors_of(region, self.kernels))

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from repnet.convolution import Layer
 from repnet.fold.kernels import CONVOLVING, Kernels
 from repnet.fold.record import Frame, RecordingError
+from repnet.fold.regions import Region
 from repnet.fold.survey import Survey, is_identity, users_of
 from repnet.kernel import ConvKernel, NotFoldableError
 
@@ -64,14 +65,15 @@ class Chains:
         survey: of the model.
         kernels: without values.
         whole: names of the modules that become one convolution.
-        taken: nodes that are part of a region already.
+        regions: what becomes one convolution already.
     """
 
     def __init__(
-        self, survey: Survey, kernels: Kernels, whole: Iterable[str], taken: Iterable[fx.Node]
+        self, survey: Survey, kernels: Kernels, whole: Iterable[str], regions: Iterable[Region]
     ) -> None:
-        self.survey, self.kernels = survey, kernels
-        self.whole, self.taken = set(whole), set(taken)
+        self.survey, self.kernels, self.whole = survey, kernels, set(whole)
+        self.taken = {node for region in regions for node in region.nodes}
+        self.gone = {str(n.target) for n in self.taken if n.op == "call_module"} | self.whole
         self.reasons: dict[str, str] = {}  # by name, why a norm stays
         self._heads: dict[str, Head | None] = {}
         self._tails: dict[str, str | None] = {}
@@ -139,10 +141,10 @@ class Chains:
             links = kept
 
     def _is_gone(self, name: str) -> bool:
-        """Return whether a module is part of one that becomes a convolution."""
+        """Return whether a module is part of what becomes a convolution."""
         parts = name.split(".")
-        return "" in self.whole or any(
-            ".".join(parts[:n]) in self.whole for n in range(1, len(parts) + 1)
+        return "" in self.gone or any(
+            ".".join(parts[:n]) in self.gone for n in range(1, len(parts) + 1)
         )
 
     def _note(self, links: Iterable[tuple[Link, fx.Node]], reason: str) -> None:

@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from repnet.convolution import as_module
 from repnet.fold.kernels import Kernels
 from repnet.fold.record import Frame
+from repnet.fold.survey import readers_of
 from repnet.kernel import ConvKernel, NotFoldableError
 
 MOST_ROOTS = 16  # of which a node keeps a kernel; more would only cost time
@@ -189,7 +190,7 @@ class Regions:
             return False
         for node in nodes:
             if node is not end and (
-                node.meta.get("escaped") or any(user not in inside for user in node.users)
+                node.meta.get("escaped") or any(user not in inside for user in readers_of(node))
             ):
                 return False
             if node.meta.get("in_place") and node.args[0] not in inside:

@@ -12,11 +12,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.equivalence import Inputs
-from repnet.fold.core import Built, Folding, Norms, Plan
+from repnet.fold.core import Built, Folding, Norms, Plan, RefusedError
 from repnet.fold.observe import observe, prepared_copy
 from repnet.fold.proof import Proof
 from repnet.fold.report import FoldReport
-from repnet.fold.rewrite import GraphError
 from repnet.fold.survey import Survey, within
 from repnet.health import norm_health, weight_health
 from repnet.kernel import NotFoldableError
@@ -216,7 +215,11 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
     report = FoldReport()
     for _ in range(MOST_ATTEMPTS):
         plan = folding.plan()
-        built = _built(folding, plan)
+        try:
+            built = folding.build(plan)
+        except RefusedError as error:
+            folding.excluded[error.name] = str(error)
+            continue
         report.proof, wrong = proof.culprits(built, lambda names: _subset(folding, plan, names))
         if not wrong:
             wrong = _cast(built, source)
@@ -225,7 +228,7 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
         folding.excluded |= wrong
     else:
         plan = Plan(skipped={"": "it could not be folded so that it stays the same"})
-        built = _built(folding, plan)
+        built = folding.build(plan)
         report.proof = proof.measure(built)
     report.folded = [fold for fold, _ in built.folds]
     report.graphs = list(plan.graphs)
@@ -238,17 +241,6 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
         ]
     _report_norms(report, survey, built.model, plan)
     return built.model, report
-
-
-def _built(folding: Folding, plan: Plan) -> Built:
-    """Build a plan, without the graphs that cannot be written."""
-    while True:
-        try:
-            return folding.build(plan)
-        except GraphError as error:
-            name, regions = plan.graphs.popitem()
-            folding.excluded[name] = str(error)
-            del regions
 
 
 def _subset(folding: Folding, plan: Plan, names: set[str]) -> Built:

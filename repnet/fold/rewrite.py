@@ -85,6 +85,8 @@ def graph_of(
         copied[region.end].replace_all_uses_with(call)
         added[name] = layer
         for node in reversed(region.nodes):
+            for idle in [n for n in copied[node].users if not n.users]:
+                graph.erase_node(idle)
             graph.erase_node(copied[node])
             if node.op == "call_module":
                 gone.add(_relative(frame.name, str(node.target)))

@@ -28,13 +28,21 @@ def is_identity(node: fx.Node) -> bool:
     return bool(node.meta.get("identity"))
 
 
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """Return the users of a node, without calls that returned it and were not used."""
+    return [
+        user
+        for user in node.users
+        if not (user.op == "call_module" and not user.users and is_identity(user))
+    ]
+
+
 def users_of(node: fx.Node) -> list[fx.Node]:
     """Return what reads the values of a node, not only its shape."""
     return [
         user
-        for user in node.users
+        for user in readers_of(node)
         if not (user.op == "call_function" and user.target is getattr and user.args[1] == "shape")
-        and not (user.op == "call_module" and not user.users and is_identity(user))
         and not (
             user.op == "call_method"
             and user.args[0] is not node
