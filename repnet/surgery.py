@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -114,12 +115,13 @@ def insert_blocks(
     convolutions, inserted = _convolutions(model, excluded)
     selected = _select(model, convolutions, inserted, where)
     swaps: dict[int, _Swap] = {}
+    known: dict[Any, _Roles] = {}
     reasons: dict[str, str] = {}
     for name, (conv, explicit) in selected.items():
         if id(conv) in swaps:
             continue
         try:
-            swaps[id(conv)] = _Swap(name, conv, make, init)
+            swaps[id(conv)] = _Swap(name, conv, make, init, known)
         except ValueError as error:
             if explicit:
                 raise ValueError(f"cannot over-parameterize '{name}': {error}") from error
@@ -202,83 +204,106 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"({height}x{width}, {conv.in_channels} to {conv.out_channels})"
 
 
+@dataclass(frozen=True)
+class _Roles:
+    """What the layers of a block do in its kernel, by name.
+
+    Args:
+        main: the convolution that takes over the old weight.
+        path: the norms behind it.
+        ends: the norms at the end of the other branches.
+        bias: the layer whose bias takes over the old one, if there is one.
+    """
+
+    main: str
+    path: list[str]
+    ends: list[str]
+    bias: str | None
+
+
 class _Swap:
     """A convolution, and the module that takes its place.
 
-    Nothing is known of the block but its kernel, and how that answers to its parameters.
+    Nothing is known of the block but its kernel, and how the kernel depends on the parameters.
 
     Args:
         name: of the convolution.
         old: the convolution.
         make: the block.
         init: of the branches.
+        known: roles of the layers by shape, found once per shape; new shapes are added.
 
     Raises:
         ValueError: the block cannot represent the convolution.
     """
 
-    def __init__(self, name: str, old: nn.Conv2d, make: MakeBlock, init: str) -> None:
+    def __init__(
+        self, name: str, old: nn.Conv2d, make: MakeBlock, init: str, known: dict[Any, _Roles]
+    ) -> None:
         if type(old) is not nn.Conv2d:
             raise ValueError(f"{type(old).__name__} has a forward of its own")
         if old._forward_hooks or old._forward_pre_hooks:
             raise ValueError("it has a forward hook; remove it first")
         self.name, self.old = name, old
         self.target = kernel_of(deepcopy(old).double(), old.in_channels)
-        self.new = _build(old, make)
-        self.new.original_bias = old.bias is not None  # type: ignore[assignment]
-        shapes = kernel_of(deepcopy(self.new).to("meta"), old.in_channels)
+        self.new = new = _build(old, make)
+        new.original_bias = old.bias is not None  # type: ignore[assignment]
+        shapes = kernel_of(deepcopy(new).to("meta"), old.in_channels)
         _check_geometry(shapes, self.target)
         if init == "preserve":
-            self._analyze()
+            shape = (repr(old), repr(new), *((n, p.shape) for n, p in new.named_parameters()))
+            roles = known.get(shape) or known.setdefault(shape, self._analyze())
+            layers: dict[str, Any] = dict(new.named_modules())
+            self.main: nn.Conv2d = layers[roles.main]
+            self.path: list[_BatchNorm] = [layers[name] for name in roles.path]
+            self.ends: list[_BatchNorm] = [layers[name] for name in roles.ends]
+            self.bias = None if roles.bias is None else layers[roles.bias].bias
 
-    def _probe(self) -> tuple[ConvKernel, dict[Tensor, Tensor]]:
-        """Return the kernel in float64, and the leaf on which it depends for each parameter."""
-        twin = deepcopy(self.new).double().requires_grad_()
-        return self._kernel(twin), self._leaves(twin)
-
-    def _kernel(self, twin: nn.Module) -> ConvKernel:
-        with torch.enable_grad():
-            return kernel_of(twin, self.old.in_channels)
-
-    def _leaves(self, twin: nn.Module) -> dict[Tensor, Tensor]:
-        return dict(zip(self.new.parameters(), twin.parameters(), strict=True))
+    def _probe(
+        self, *free: Tensor | None, dtype: torch.dtype = torch.float64
+    ) -> tuple[ConvKernel, list[Tensor]]:
+        """Return the kernel, and the leaves on which it depends in place of `free`."""
+        twin = deepcopy(self.new).to(dtype).requires_grad_(False)
+        pairs = zip(self.new.parameters(), twin.parameters(), strict=True)
+        copies = {id(parameter): leaf for parameter, leaf in pairs}
+        leaves = [copies[id(p)].requires_grad_() for p in free if p is not None]
+        with torch.set_grad_enabled(bool(leaves)):
+            return kernel_of(twin, self.old.in_channels), leaves
 
     @torch.no_grad()
-    def _analyze(self) -> None:
+    def _analyze(self) -> _Roles:
         """Find the convolution that can take over the old weight, the norms behind it, and a bias.
 
         Raises:
             ValueError: there is none.
         """
         twin = _randomized(deepcopy(self.new).double()).requires_grad_()
-        kernel, leaves = self._kernel(twin), self._leaves(twin)
-        modules = list(self.new.modules())
-        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.affine]
-        convs = [m for m in modules if type(m) is nn.Conv2d]
-        mains = [c for c in convs if _answer(kernel.weight, leaves[c.weight]) is not None]
-        if not mains:
+        with torch.enable_grad():
+            kernel = kernel_of(twin, self.old.in_channels)
+        layers: dict[str, Any] = dict(twin.named_modules())
+        norms = {n: m for n, m in layers.items() if isinstance(m, _BatchNorm) and m.affine}
+        convs = {n: m for n, m in layers.items() if type(m) is nn.Conv2d}
+        mains = (name for name, conv in convs.items() if _answers(kernel.weight, conv.weight))
+        if (main := next(mains, None)) is None:
             raise ValueError("no branch of the block has a convolution that can take its weight")
-        self.main = mains[0]
-        biases = [n.bias for n in reversed(norms)] + [c.bias for c in convs if c.bias is not None]
-        biases = [
-            bias
-            for bias in biases
-            if kernel.bias is not None and _answer(kernel.bias, leaves[bias]) is not None
-        ]
         # A norm follows it if its weight scales what the kernel owes to the main weight.
         with torch.enable_grad():
             (owed,) = torch.autograd.grad(
-                kernel.weight.sum(), [leaves[self.main.weight]], create_graph=True
+                kernel.weight.sum(), [convs[main].weight], create_graph=True
             )
-        scales = _gradients(owed, [leaves[norm.weight] for norm in norms])
-        self.path = [norm for norm, scale in zip(norms, scales, strict=True) if scale.any()]
-        ends = {id(bias) for bias in biases}
-        self.ends = [norm for norm in norms if id(norm.bias) in ends and norm not in self.path]
-        first = {id(m.bias) for m in (*self.path, self.main)}  # the last of the path in training
-        biases.sort(key=lambda bias: id(bias) not in first)
-        self.bias = next(iter(biases), None)
-        if self.bias is None and self.target.bias is not None:
+        scales = _gradients(owed, [norm.weight for norm in norms.values()])
+        path = [name for name, scale in zip(norms, scales, strict=True) if scale.any()]
+        biases = [
+            name
+            for name in (*reversed(path), main, *reversed(norms), *convs)
+            if layers[name].bias is not None
+            and kernel.bias is not None
+            and _answers(kernel.bias, layers[name].bias)
+        ]
+        if not biases and self.target.bias is not None:
             raise ValueError("no branch of the block has a bias")
+        ends = [name for name in norms if name in biases and name not in path]
+        return _Roles(main, path, ends, biases[0] if biases else None)
 
     def start(self) -> None:
         """Make what follows the main convolution the identity, and the other branches small."""
@@ -286,12 +311,13 @@ class _Swap:
             norm.reset_running_stats()
             norm.weight.fill_((1 + norm.eps) ** 0.5)
             norm.bias.zero_()
-        kernel, leaves = self._probe()
-        scale = self._scale(kernel, leaves)
+        rough = torch.promote_types(self.old.weight.dtype, torch.float32)  # twice as fast
+        kernel, leaves = self._probe(self.main.weight, dtype=rough)
+        scale = self._scale(kernel, leaves[0])
         weights = [norm.weight.clone() for norm in self.ends]
         for norm in self.ends:
             norm.weight.zero_()
-        rest, _ = self._probe()
+        rest, _ = self._probe(dtype=rough)
         size = _norms(kernel.weight - rest.weight)
         wanted = SHARE * _norms(self.target.weight)
         factor = torch.where(size > wanted, wanted / size, 1.0)
@@ -301,14 +327,14 @@ class _Swap:
         if self.path and self.path[-1].num_features == len(scale):
             self.path[-1].weight.div_(scale)  # so that the old learning rate fits the new weight
 
-    def _scale(self, kernel: ConvKernel, leaves: dict[Tensor, Tensor]) -> Tensor:
-        """Return by what the main weight is multiplied in the kernel.
+    def _scale(self, kernel: ConvKernel, leaf: Tensor) -> Tensor:
+        """Return the factor of each output channel of the main weight in the kernel.
 
         Raises:
-            ValueError: by nothing, since a scale of the block is zero in the stored dtype.
+            ValueError: a factor is zero, because a scale of the block is zero in the stored dtype.
         """
-        scale = _answer(kernel.weight, leaves[self.main.weight])
-        if scale is None:
+        scale = _slope(kernel.weight, leaf)
+        if not scale.abs().min() > 1e-9 * scale.abs().max():
             raise ValueError(
                 f"cannot over-parameterize '{self.name}': a scale of the block is zero, perhaps "
                 f"only in {self.old.weight.dtype}; do it in float32"
@@ -317,17 +343,14 @@ class _Swap:
 
     def solve(self) -> None:
         """Set the main weight, and the bias, so that the kernel is that of the convolution."""
-        kernel, leaves = self._probe()
-        scale = self._scale(kernel, leaves)
-        scale = scale.reshape(-1, 1, 1, 1)
-        missing = self.target.weight - kernel.weight
-        self.main.weight.copy_(leaves[self.main.weight] + missing / scale)
+        kernel, leaves = self._probe(self.main.weight, self.bias)
+        scale = self._scale(kernel, leaves[0]).reshape(-1, 1, 1, 1)
+        self.main.weight.copy_(leaves[0] + (self.target.weight - kernel.weight) / scale)
         if self.bias is not None:
             assert kernel.bias is not None
-            answer = _answer(kernel.bias, leaves[self.bias])
-            assert answer is not None
             target = 0.0 if self.target.bias is None else self.target.bias
-            self.bias.copy_(leaves[self.bias] + (target - kernel.bias) / answer)
+            slope = _slope(kernel.bias, leaves[1])
+            self.bias.copy_(leaves[1] + (target - kernel.bias) / slope)
 
     def check(self) -> None:
         """Do nothing if the kernel is that of the convolution, up to rounding.
@@ -375,19 +398,21 @@ def _randomized(module: nn.Module) -> nn.Module:
     return module
 
 
-def _answer(output: Tensor, leaf: Tensor) -> Tensor | None:
-    """Return a if `output` is `a * leaf + constant`, one nonzero number per channel, else None."""
+def _answers(output: Tensor, leaf: Tensor) -> bool:
+    """Return whether `output` is `a * leaf + constant`, one nonzero number a per channel."""
     if output.shape != leaf.shape:
-        return None
-    direction = torch.randn_like(output)
-    ones, along = (
-        _gradients(output, [leaf], factor)[0] for factor in (torch.ones_like(output), direction)
-    )
-    answer = ones.flatten(1)[:, :1].reshape(-1, *[1] * (ones.ndim - 1)) if ones.ndim > 1 else ones
-    tolerance = 1e-9 * ones.abs().max().item()
-    if not ones.abs().min() > tolerance or (along - answer * direction).abs().max() > tolerance * 9:
-        return None
-    return answer.flatten()
+        return False
+    direction = torch.rand_like(output)
+    slope = _slope(output, leaf)
+    (along,) = _gradients(output, [leaf], direction)
+    error = along - slope.reshape(-1, *[1] * (output.ndim - 1)) * direction
+    tolerance = 1e-9 * slope.abs().max()
+    return bool(slope.abs().min() > tolerance and error.abs().max() <= 9 * tolerance)
+
+
+def _slope(output: Tensor, leaf: Tensor) -> Tensor:
+    """Return the a of `output = a * leaf + constant`, one number per channel."""
+    return _gradients(output, [leaf])[0].reshape(len(leaf), -1)[:, 0]
 
 
 def _gradients(output: Tensor, leaves: list[Tensor], factor: Tensor | None = None) -> list[Tensor]:
