@@ -41,35 +41,38 @@ def overparameterize(
 
     The inverse of `reparameterize`: each convolution that `where` selects is replaced, under its
     own name, by the affine part of a block, which folds back into a convolution of the same shape.
-    `reparameterize(trained, x, norms="keep")` then returns the old architecture, key for key. Where
-    nothing is left to replace, because this was done before, the copy is equal to the model.
+    `reparameterize(trained, x, norms="keep")` then returns the old architecture, key for key.
+    Over-parameterizing a model twice changes nothing the second time.
 
     With `init="preserve"` the folded kernels are the old ones: the branch with the largest kernel
     takes over the old weight, minus what the others contribute, and each other branch that ends
     with a norm starts with a tenth of the old kernel's size. This holds in evaluation mode. In
-    training mode each new norm divides by the statistics of its batch, so that the first steps see
-    another function unless `batches` show what the statistics are.
+    training mode each new norm divides by the statistics of its batch, so the first steps see a
+    different function unless you pass `batches`, from which the norms learn their statistics.
 
     A frozen convolution becomes frozen branches. As with every frozen norm, their running
-    statistics still move in training mode: put them into evaluation mode, or leave them out with
-    `where=lambda name, conv: conv.weight.requires_grad`.
+    statistics still move in training mode: put them into evaluation mode, or skip frozen
+    convolutions with `where=lambda name, conv: conv.weight.requires_grad`.
 
     Args:
-        model: any module; hyper-parameters, dtypes, devices and memory formats stay.
-        block: a name in `configs/block`, or a callable as in `repnet.blocks`; `kernel_size` and
-            `dilation` are passed if it names them. Of a result that is not affine as a whole, its
-            part called `conv` is taken.
-        where: a glob for names (`*` matches dots, too), a predicate of `(name, module)`, a type (of
-            the convolution, or of a module around it), or a list of these, of which any may hold.
-            None selects what is neither pointwise nor grouped. What a name or a predicate selects
-            must be possible; with a type or None, what the block cannot represent stays.
+        model: any module; hyper-parameters, dtypes, devices and memory formats are kept.
+        block: a name in `configs/block`, or a callable as in `repnet.blocks`; `kernel_size`,
+            `padding` and `dilation` are passed if its signature names them. If the module that it
+            returns is not affine as a whole, only its submodule `conv` is used.
+        where: a glob for names (`*` also matches dots), a predicate of `(name, module)`, a type (of
+            the convolution, or of a module around it), or a list of these, one of which must hold.
+            None selects every convolution larger than 1x1, grouped and depthwise ones included.
+            With None or a type, a convolution stays as it is if the block cannot represent it, or
+            if it shares a parameter with another module. With a name or a predicate, that is an
+            error.
         init: "preserve" for further training; "paper" leaves the branches at their own
             initialization, for training from scratch.
         batches: with "preserve", a few inputs or `(input, target)` pairs, on the model's device,
-            which give the new norms their statistics. They are all held, and run twice.
+            which give the new norms their statistics. All are kept in memory and run twice.
 
     Raises:
-        ValueError: nothing is selected, or a name or predicate selects what the block cannot be.
+        ValueError: no convolution can be replaced, or one that was selected by name or predicate
+            cannot.
         FoldMismatchError: a block does not fold to its convolution.
 
     Example:
@@ -91,23 +94,24 @@ def insert_blocks(
     excluded: Iterable[nn.Module] = (),
     parent: nn.Module | None = None,
 ) -> list[str]:
-    """Do in `model` itself what `overparameterize` does in a copy; all of it, or nothing.
+    """Over-parameterize `model` in place; if an error is raised, the model is unchanged.
 
     Args:
         model: changed.
-        block: as there.
-        where: as there.
-        init: as there.
-        batches: as there.
+        block: see `overparameterize`.
+        where: see `overparameterize`.
+        init: see `overparameterize`.
+        batches: see `overparameterize`.
         excluded: modules within which nothing is replaced.
-        parent: of `model`, for the case that `model` is itself a convolution.
+        parent: a module around `model`, which may be a convolution itself; modules and parameters
+            that the parent shares with `model` stay shared.
 
     Returns:
         The names of the new modules.
 
     Raises:
-        ValueError: as there.
-        FoldMismatchError: as there.
+        ValueError: see `overparameterize`.
+        FoldMismatchError: see `overparameterize`.
     """
     if init not in ("preserve", "paper"):
         raise ValueError(f"init='{init}': choose 'preserve' or 'paper'")
@@ -115,12 +119,15 @@ def insert_blocks(
     convolutions, inserted = _convolutions(model, excluded)
     selected = _select(model, convolutions, inserted, where)
     swaps: dict[int, _Swap] = {}
-    known: dict[Any, _Roles] = {}
+    known: dict[Any, _Roles | None] = {}
+    whole = model if parent is None else parent
+    holders = _holders(model, whole)
     reasons: dict[str, str] = {}
     for name, (conv, explicit) in selected.items():
         if id(conv) in swaps:
             continue
         try:
+            _check_untied(conv, holders)
             swaps[id(conv)] = _Swap(name, conv, make, init, known)
         except ValueError as error:
             if explicit:
@@ -135,7 +142,7 @@ def insert_blocks(
         )
     if swaps and init == "preserve":
         _preserve(model, list(swaps.values()), None if batches is None else list(batches))
-    for home in (*model.modules(), *([] if parent is None else [parent])):
+    for home in whole.modules():
         for key, child in home._modules.items():
             if id(child) in swaps:
                 home._modules[key] = swaps[id(child)].new
@@ -143,7 +150,7 @@ def insert_blocks(
 
 
 def inserted_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what `overparameterize` has put into `model`, by name."""
+    """Return the blocks that `overparameterize` has put into `model`, by name."""
     return {n: m for n, m in model.named_modules() if "original_bias" in m.__dict__}
 
 
@@ -170,11 +177,7 @@ def _select(
 ) -> dict[str, tuple[nn.Conv2d, bool]]:
     """Return the selected convolutions, each with whether it was named rather than only found."""
     if where is None:
-        return {
-            name: (conv, False)
-            for name, conv in convolutions.items()
-            if conv.kernel_size != (1, 1) and conv.groups == 1
-        }
+        return {n: (conv, False) for n, conv in convolutions.items() if conv.kernel_size != (1, 1)}
     selected: dict[str, tuple[nn.Conv2d, bool]] = {}
     for condition in (
         where if isinstance(where, Sequence) and not isinstance(where, str) else [where]
@@ -231,28 +234,30 @@ class _Swap:
         old: the convolution.
         make: the block.
         init: of the branches.
-        known: roles of the layers by shape, found once per shape; new shapes are added.
+        known: roles of the layers by shape, each found once; new shapes are added.
 
     Raises:
         ValueError: the block cannot represent the convolution.
     """
 
     def __init__(
-        self, name: str, old: nn.Conv2d, make: MakeBlock, init: str, known: dict[Any, _Roles]
+        self, name: str, old: nn.Conv2d, make: MakeBlock, init: str, known: dict[Any, _Roles | None]
     ) -> None:
         if type(old) is not nn.Conv2d:
             raise ValueError(f"{type(old).__name__} has a forward of its own")
         if old._forward_hooks or old._forward_pre_hooks:
             raise ValueError("it has a forward hook; remove it first")
         self.name, self.old = name, old
-        self.target = kernel_of(deepcopy(old).double(), old.in_channels)
-        self.new = new = _build(old, make)
+        with torch.no_grad():
+            self.target = kernel_of(old, old.in_channels, dtype=torch.float64)
+        self.new = new = _build(old, make, self.target.padding)
         new.original_bias = old.bias is not None  # type: ignore[assignment]
-        shapes = kernel_of(deepcopy(new).to("meta"), old.in_channels)
-        _check_geometry(shapes, self.target)
-        if init == "preserve":
-            shape = (repr(old), repr(new), *((n, p.shape) for n, p in new.named_parameters()))
-            roles = known.get(shape) or known.setdefault(shape, self._analyze())
+        shape = (repr(old), repr(new), *((n, p.shape) for n, p in new.named_parameters()))
+        if shape not in known:
+            meta = kernel_of(deepcopy(new).to("meta"), old.in_channels)
+            _check_geometry(meta, self.target)
+            known[shape] = self._analyze() if init == "preserve" else None
+        if (roles := known[shape]) is not None:
             layers: dict[str, Any] = dict(new.named_modules())
             self.main: nn.Conv2d = layers[roles.main]
             self.path: list[_BatchNorm] = [layers[name] for name in roles.path]
@@ -267,7 +272,7 @@ class _Swap:
         pairs = zip(self.new.parameters(), twin.parameters(), strict=True)
         copies = {id(parameter): leaf for parameter, leaf in pairs}
         leaves = [copies[id(p)].requires_grad_() for p in free if p is not None]
-        with torch.set_grad_enabled(bool(leaves)):
+        with torch.enable_grad():
             return kernel_of(twin, self.old.in_channels), leaves
 
     @torch.no_grad()
@@ -317,7 +322,7 @@ class _Swap:
         weights = [norm.weight.clone() for norm in self.ends]
         for norm in self.ends:
             norm.weight.zero_()
-        rest, _ = self._probe(dtype=rough)
+        rest = kernel_of(self.new, self.old.in_channels)
         size = _norms(kernel.weight - rest.weight)
         wanted = SHARE * _norms(self.target.weight)
         factor = torch.where(size > wanted, wanted / size, 1.0)
@@ -358,7 +363,7 @@ class _Swap:
         Raises:
             FoldMismatchError: it is not.
         """
-        kernel, _ = self._probe()
+        kernel = kernel_of(self.new, self.old.in_channels, dtype=torch.float64)
         pairs = [(self.target.weight, kernel.weight, self.main.weight)]
         if kernel.bias is not None:
             zero = torch.zeros_like(kernel.bias)
@@ -373,6 +378,23 @@ class _Swap:
                     f"differ by {error:.1e} at values up to {scale:.1e}",
                     self.name,
                 )
+
+
+def _holders(model: nn.Module, whole: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the modules that hold each parameter, by its identity, and its name in each."""
+    names = {m: name for root in (whole, model) for name, m in root.named_modules()}
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for m, name in names.items():
+        for key, parameter in m._parameters.items():
+            found.setdefault(id(parameter), []).append((m, f"{name}.{key}"))
+    return found
+
+
+def _check_untied(conv: nn.Conv2d, holders: dict[int, list[tuple[nn.Module, str]]]) -> None:
+    for key, parameter in conv.named_parameters(recurse=False):
+        for other, name in holders[id(parameter)]:
+            if other is not conv:
+                raise ValueError(f"its {key} is also '{name}', and a block would untie the two")
 
 
 def _check_geometry(kernel: ConvKernel, target: ConvKernel) -> None:
@@ -429,14 +451,18 @@ def _norms(weight: Tensor) -> Tensor:
     return weight.flatten(1).norm(dim=1)
 
 
-def _build(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
+def _build(conv: nn.Conv2d, make: MakeBlock, padding: tuple[tuple[int, int], ...]) -> nn.Module:
     """Return the affine part of a block of the convolution's shape, dtype, device and state."""
     if conv.stride[0] != conv.stride[1]:
         raise ValueError(f"blocks have one stride, the convolution has {conv.stride}")
     settings: dict[str, Any] = {"stride": conv.stride[0], "groups": conv.groups}
     known = inspect.signature(make).parameters
-    for what, default in (("kernel_size", None), ("dilation", (1, 1))):
-        value = getattr(conv, what)
+    before, after = zip(*padding, strict=True)
+    for what, value, default in (
+        ("kernel_size", conv.kernel_size, None),
+        ("padding", before, before if before != after else None),
+        ("dilation", conv.dilation, (1, 1)),
+    ):
         if what in known and value != default:
             settings[what] = value[0] if value[0] == value[1] else value
     try:
