@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -40,35 +41,38 @@ def overparameterize(
 
     The inverse of `reparameterize`: each convolution that `where` selects is replaced, under its
     own name, by the affine part of a block, which folds back into a convolution of the same shape.
-    `reparameterize(trained, x, norms="keep")` then returns the old architecture, key for key. Where
-    nothing is left to replace, because this was done before, the copy is equal to the model.
+    `reparameterize(trained, x, norms="keep")` then returns the old architecture, key for key.
+    Over-parameterizing a model twice changes nothing the second time.
 
     With `init="preserve"` the folded kernels are the old ones: the branch with the largest kernel
     takes over the old weight, minus what the others contribute, and each other branch that ends
     with a norm starts with a tenth of the old kernel's size. This holds in evaluation mode. In
-    training mode each new norm divides by the statistics of its batch, so that the first steps see
-    another function unless `batches` show what the statistics are.
+    training mode each new norm divides by the statistics of its batch, so the first steps see a
+    different function unless you pass `batches`, from which the norms learn their statistics.
 
     A frozen convolution becomes frozen branches. As with every frozen norm, their running
-    statistics still move in training mode: put them into evaluation mode, or leave them out with
-    `where=lambda name, conv: conv.weight.requires_grad`.
+    statistics still move in training mode: put them into evaluation mode, or skip frozen
+    convolutions with `where=lambda name, conv: conv.weight.requires_grad`.
 
     Args:
-        model: any module; hyper-parameters, dtypes, devices and memory formats stay.
-        block: a name in `configs/block`, or a callable as in `repnet.blocks`; `kernel_size` and
-            `dilation` are passed if it names them. Of a result that is not affine as a whole, its
-            part called `conv` is taken.
-        where: a glob for names (`*` matches dots, too), a predicate of `(name, module)`, a type (of
-            the convolution, or of a module around it), or a list of these, of which any may hold.
-            None selects what is neither pointwise nor grouped. What a name or a predicate selects
-            must be possible; with a type or None, what the block cannot represent stays.
+        model: any module; hyper-parameters, dtypes, devices and memory formats are kept.
+        block: a name in `configs/block`, or a callable as in `repnet.blocks`; `kernel_size`,
+            `padding` and `dilation` are passed if its signature names them. If the module that it
+            returns is not affine as a whole, only its submodule `conv` is used.
+        where: a glob for names (`*` also matches dots), a predicate of `(name, module)`, a type (of
+            the convolution, or of a module around it), or a list of these, one of which must hold.
+            None selects every convolution larger than 1x1, grouped and depthwise ones included.
+            With None or a type, a convolution stays as it is if the block cannot represent it, or
+            if it shares a parameter with another module. With a name or a predicate, that is an
+            error.
         init: "preserve" for further training; "paper" leaves the branches at their own
             initialization, for training from scratch.
         batches: with "preserve", a few inputs or `(input, target)` pairs, on the model's device,
-            which give the new norms their statistics. They are all held, and run twice.
+            which give the new norms their statistics. All are kept in memory and run twice.
 
     Raises:
-        ValueError: nothing is selected, or a name or predicate selects what the block cannot be.
+        ValueError: no convolution can be replaced, or one that was selected by name or predicate
+            cannot.
         FoldMismatchError: a block does not fold to its convolution.
 
     Example:
@@ -90,23 +94,24 @@ def insert_blocks(
     excluded: Iterable[nn.Module] = (),
     parent: nn.Module | None = None,
 ) -> list[str]:
-    """Do in `model` itself what `overparameterize` does in a copy; all of it, or nothing.
+    """Over-parameterize `model` in place; if an error is raised, the model is unchanged.
 
     Args:
         model: changed.
-        block: as there.
-        where: as there.
-        init: as there.
-        batches: as there.
+        block: see `overparameterize`.
+        where: see `overparameterize`.
+        init: see `overparameterize`.
+        batches: see `overparameterize`.
         excluded: modules within which nothing is replaced.
-        parent: of `model`, for the case that `model` is itself a convolution.
+        parent: a module around `model`, which may be a convolution itself; modules and parameters
+            that the parent shares with `model` stay shared.
 
     Returns:
         The names of the new modules.
 
     Raises:
-        ValueError: as there.
-        FoldMismatchError: as there.
+        ValueError: see `overparameterize`.
+        FoldMismatchError: see `overparameterize`.
     """
     if init not in ("preserve", "paper"):
         raise ValueError(f"init='{init}': choose 'preserve' or 'paper'")
@@ -114,12 +119,16 @@ def insert_blocks(
     convolutions, inserted = _convolutions(model, excluded)
     selected = _select(model, convolutions, inserted, where)
     swaps: dict[int, _Swap] = {}
+    known: dict[Any, _Roles | None] = {}
+    whole = model if parent is None else parent
+    holders = _holders(model, whole)
     reasons: dict[str, str] = {}
     for name, (conv, explicit) in selected.items():
         if id(conv) in swaps:
             continue
         try:
-            swaps[id(conv)] = _Swap(name, conv, make, init)
+            _check_untied(conv, holders)
+            swaps[id(conv)] = _Swap(name, conv, make, init, known)
         except ValueError as error:
             if explicit:
                 raise ValueError(f"cannot over-parameterize '{name}': {error}") from error
@@ -133,7 +142,7 @@ def insert_blocks(
         )
     if swaps and init == "preserve":
         _preserve(model, list(swaps.values()), None if batches is None else list(batches))
-    for home in (*model.modules(), *([] if parent is None else [parent])):
+    for home in whole.modules():
         for key, child in home._modules.items():
             if id(child) in swaps:
                 home._modules[key] = swaps[id(child)].new
@@ -141,7 +150,7 @@ def insert_blocks(
 
 
 def inserted_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what `overparameterize` has put into `model`, by name."""
+    """Return the blocks that `overparameterize` has put into `model`, by name."""
     return {n: m for n, m in model.named_modules() if "original_bias" in m.__dict__}
 
 
@@ -168,11 +177,7 @@ def _select(
 ) -> dict[str, tuple[nn.Conv2d, bool]]:
     """Return the selected convolutions, each with whether it was named rather than only found."""
     if where is None:
-        return {
-            name: (conv, False)
-            for name, conv in convolutions.items()
-            if conv.kernel_size != (1, 1) and conv.groups == 1
-        }
+        return {n: (conv, False) for n, conv in convolutions.items() if conv.kernel_size != (1, 1)}
     selected: dict[str, tuple[nn.Conv2d, bool]] = {}
     for condition in (
         where if isinstance(where, Sequence) and not isinstance(where, str) else [where]
@@ -202,83 +207,108 @@ def _describe(conv: nn.Conv2d) -> str:
     return f"({height}x{width}, {conv.in_channels} to {conv.out_channels})"
 
 
+@dataclass(frozen=True)
+class _Roles:
+    """What the layers of a block do in its kernel, by name.
+
+    Args:
+        main: the convolution that takes over the old weight.
+        path: the norms behind it.
+        ends: the norms at the end of the other branches.
+        bias: the layer whose bias takes over the old one, if there is one.
+    """
+
+    main: str
+    path: list[str]
+    ends: list[str]
+    bias: str | None
+
+
 class _Swap:
     """A convolution, and the module that takes its place.
 
-    Nothing is known of the block but its kernel, and how that answers to its parameters.
+    Nothing is known of the block but its kernel, and how the kernel depends on the parameters.
 
     Args:
         name: of the convolution.
         old: the convolution.
         make: the block.
         init: of the branches.
+        known: roles of the layers by shape, each found once; new shapes are added.
 
     Raises:
         ValueError: the block cannot represent the convolution.
     """
 
-    def __init__(self, name: str, old: nn.Conv2d, make: MakeBlock, init: str) -> None:
+    def __init__(
+        self, name: str, old: nn.Conv2d, make: MakeBlock, init: str, known: dict[Any, _Roles | None]
+    ) -> None:
         if type(old) is not nn.Conv2d:
             raise ValueError(f"{type(old).__name__} has a forward of its own")
         if old._forward_hooks or old._forward_pre_hooks:
             raise ValueError("it has a forward hook; remove it first")
         self.name, self.old = name, old
-        self.target = kernel_of(deepcopy(old).double(), old.in_channels)
-        self.new = _build(old, make)
-        self.new.original_bias = old.bias is not None  # type: ignore[assignment]
-        shapes = kernel_of(deepcopy(self.new).to("meta"), old.in_channels)
-        _check_geometry(shapes, self.target)
-        if init == "preserve":
-            self._analyze()
+        with torch.no_grad():
+            self.target = kernel_of(old, old.in_channels, dtype=torch.float64)
+        self.new = new = _build(old, make, self.target.padding)
+        new.original_bias = old.bias is not None  # type: ignore[assignment]
+        shape = (repr(old), repr(new), *((n, p.shape) for n, p in new.named_parameters()))
+        if shape not in known:
+            meta = kernel_of(deepcopy(new).to("meta"), old.in_channels)
+            _check_geometry(meta, self.target)
+            known[shape] = self._analyze() if init == "preserve" else None
+        if (roles := known[shape]) is not None:
+            layers: dict[str, Any] = dict(new.named_modules())
+            self.main: nn.Conv2d = layers[roles.main]
+            self.path: list[_BatchNorm] = [layers[name] for name in roles.path]
+            self.ends: list[_BatchNorm] = [layers[name] for name in roles.ends]
+            self.bias = None if roles.bias is None else layers[roles.bias].bias
 
-    def _probe(self) -> tuple[ConvKernel, dict[Tensor, Tensor]]:
-        """Return the kernel in float64, and the leaf on which it depends for each parameter."""
-        twin = deepcopy(self.new).double().requires_grad_()
-        return self._kernel(twin), self._leaves(twin)
-
-    def _kernel(self, twin: nn.Module) -> ConvKernel:
+    def _probe(
+        self, *free: Tensor | None, dtype: torch.dtype = torch.float64
+    ) -> tuple[ConvKernel, list[Tensor]]:
+        """Return the kernel, and the leaves on which it depends in place of `free`."""
+        twin = deepcopy(self.new).to(dtype).requires_grad_(False)
+        pairs = zip(self.new.parameters(), twin.parameters(), strict=True)
+        copies = {id(parameter): leaf for parameter, leaf in pairs}
+        leaves = [copies[id(p)].requires_grad_() for p in free if p is not None]
         with torch.enable_grad():
-            return kernel_of(twin, self.old.in_channels)
-
-    def _leaves(self, twin: nn.Module) -> dict[Tensor, Tensor]:
-        return dict(zip(self.new.parameters(), twin.parameters(), strict=True))
+            return kernel_of(twin, self.old.in_channels), leaves
 
     @torch.no_grad()
-    def _analyze(self) -> None:
+    def _analyze(self) -> _Roles:
         """Find the convolution that can take over the old weight, the norms behind it, and a bias.
 
         Raises:
             ValueError: there is none.
         """
         twin = _randomized(deepcopy(self.new).double()).requires_grad_()
-        kernel, leaves = self._kernel(twin), self._leaves(twin)
-        modules = list(self.new.modules())
-        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.affine]
-        convs = [m for m in modules if type(m) is nn.Conv2d]
-        mains = [c for c in convs if _answer(kernel.weight, leaves[c.weight]) is not None]
-        if not mains:
+        with torch.enable_grad():
+            kernel = kernel_of(twin, self.old.in_channels)
+        layers: dict[str, Any] = dict(twin.named_modules())
+        norms = {n: m for n, m in layers.items() if isinstance(m, _BatchNorm) and m.affine}
+        convs = {n: m for n, m in layers.items() if type(m) is nn.Conv2d}
+        mains = (name for name, conv in convs.items() if _answers(kernel.weight, conv.weight))
+        if (main := next(mains, None)) is None:
             raise ValueError("no branch of the block has a convolution that can take its weight")
-        self.main = mains[0]
-        biases = [n.bias for n in reversed(norms)] + [c.bias for c in convs if c.bias is not None]
-        biases = [
-            bias
-            for bias in biases
-            if kernel.bias is not None and _answer(kernel.bias, leaves[bias]) is not None
-        ]
         # A norm follows it if its weight scales what the kernel owes to the main weight.
         with torch.enable_grad():
             (owed,) = torch.autograd.grad(
-                kernel.weight.sum(), [leaves[self.main.weight]], create_graph=True
+                kernel.weight.sum(), [convs[main].weight], create_graph=True
             )
-        scales = _gradients(owed, [leaves[norm.weight] for norm in norms])
-        self.path = [norm for norm, scale in zip(norms, scales, strict=True) if scale.any()]
-        ends = {id(bias) for bias in biases}
-        self.ends = [norm for norm in norms if id(norm.bias) in ends and norm not in self.path]
-        first = {id(m.bias) for m in (*self.path, self.main)}  # the last of the path in training
-        biases.sort(key=lambda bias: id(bias) not in first)
-        self.bias = next(iter(biases), None)
-        if self.bias is None and self.target.bias is not None:
+        scales = _gradients(owed, [norm.weight for norm in norms.values()])
+        path = [name for name, scale in zip(norms, scales, strict=True) if scale.any()]
+        biases = [
+            name
+            for name in (*reversed(path), main, *reversed(norms), *convs)
+            if layers[name].bias is not None
+            and kernel.bias is not None
+            and _answers(kernel.bias, layers[name].bias)
+        ]
+        if not biases and self.target.bias is not None:
             raise ValueError("no branch of the block has a bias")
+        ends = [name for name in norms if name in biases and name not in path]
+        return _Roles(main, path, ends, biases[0] if biases else None)
 
     def start(self) -> None:
         """Make what follows the main convolution the identity, and the other branches small."""
@@ -286,12 +316,13 @@ class _Swap:
             norm.reset_running_stats()
             norm.weight.fill_((1 + norm.eps) ** 0.5)
             norm.bias.zero_()
-        kernel, leaves = self._probe()
-        scale = self._scale(kernel, leaves)
+        rough = torch.promote_types(self.old.weight.dtype, torch.float32)  # twice as fast
+        kernel, leaves = self._probe(self.main.weight, dtype=rough)
+        scale = self._scale(kernel, leaves[0])
         weights = [norm.weight.clone() for norm in self.ends]
         for norm in self.ends:
             norm.weight.zero_()
-        rest, _ = self._probe()
+        rest = kernel_of(self.new, self.old.in_channels)
         size = _norms(kernel.weight - rest.weight)
         wanted = SHARE * _norms(self.target.weight)
         factor = torch.where(size > wanted, wanted / size, 1.0)
@@ -301,14 +332,14 @@ class _Swap:
         if self.path and self.path[-1].num_features == len(scale):
             self.path[-1].weight.div_(scale)  # so that the old learning rate fits the new weight
 
-    def _scale(self, kernel: ConvKernel, leaves: dict[Tensor, Tensor]) -> Tensor:
-        """Return by what the main weight is multiplied in the kernel.
+    def _scale(self, kernel: ConvKernel, leaf: Tensor) -> Tensor:
+        """Return the factor of each output channel of the main weight in the kernel.
 
         Raises:
-            ValueError: by nothing, since a scale of the block is zero in the stored dtype.
+            ValueError: a factor is zero, because a scale of the block is zero in the stored dtype.
         """
-        scale = _answer(kernel.weight, leaves[self.main.weight])
-        if scale is None:
+        scale = _slope(kernel.weight, leaf)
+        if not scale.abs().min() > 1e-9 * scale.abs().max():
             raise ValueError(
                 f"cannot over-parameterize '{self.name}': a scale of the block is zero, perhaps "
                 f"only in {self.old.weight.dtype}; do it in float32"
@@ -317,17 +348,14 @@ class _Swap:
 
     def solve(self) -> None:
         """Set the main weight, and the bias, so that the kernel is that of the convolution."""
-        kernel, leaves = self._probe()
-        scale = self._scale(kernel, leaves)
-        scale = scale.reshape(-1, 1, 1, 1)
-        missing = self.target.weight - kernel.weight
-        self.main.weight.copy_(leaves[self.main.weight] + missing / scale)
+        kernel, leaves = self._probe(self.main.weight, self.bias)
+        scale = self._scale(kernel, leaves[0]).reshape(-1, 1, 1, 1)
+        self.main.weight.copy_(leaves[0] + (self.target.weight - kernel.weight) / scale)
         if self.bias is not None:
             assert kernel.bias is not None
-            answer = _answer(kernel.bias, leaves[self.bias])
-            assert answer is not None
             target = 0.0 if self.target.bias is None else self.target.bias
-            self.bias.copy_(leaves[self.bias] + (target - kernel.bias) / answer)
+            slope = _slope(kernel.bias, leaves[1])
+            self.bias.copy_(leaves[1] + (target - kernel.bias) / slope)
 
     def check(self) -> None:
         """Do nothing if the kernel is that of the convolution, up to rounding.
@@ -335,7 +363,7 @@ class _Swap:
         Raises:
             FoldMismatchError: it is not.
         """
-        kernel, _ = self._probe()
+        kernel = kernel_of(self.new, self.old.in_channels, dtype=torch.float64)
         pairs = [(self.target.weight, kernel.weight, self.main.weight)]
         if kernel.bias is not None:
             zero = torch.zeros_like(kernel.bias)
@@ -350,6 +378,23 @@ class _Swap:
                     f"differ by {error:.1e} at values up to {scale:.1e}",
                     self.name,
                 )
+
+
+def _holders(model: nn.Module, whole: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the modules that hold each parameter, by its identity, and its name in each."""
+    names = {m: name for root in (whole, model) for name, m in root.named_modules()}
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for m, name in names.items():
+        for key, parameter in m._parameters.items():
+            found.setdefault(id(parameter), []).append((m, f"{name}.{key}"))
+    return found
+
+
+def _check_untied(conv: nn.Conv2d, holders: dict[int, list[tuple[nn.Module, str]]]) -> None:
+    for key, parameter in conv.named_parameters(recurse=False):
+        for other, name in holders[id(parameter)]:
+            if other is not conv:
+                raise ValueError(f"its {key} is also '{name}', and a block would untie the two")
 
 
 def _check_geometry(kernel: ConvKernel, target: ConvKernel) -> None:
@@ -375,19 +420,21 @@ def _randomized(module: nn.Module) -> nn.Module:
     return module
 
 
-def _answer(output: Tensor, leaf: Tensor) -> Tensor | None:
-    """Return a if `output` is `a * leaf + constant`, one nonzero number per channel, else None."""
+def _answers(output: Tensor, leaf: Tensor) -> bool:
+    """Return whether `output` is `a * leaf + constant`, one nonzero number a per channel."""
     if output.shape != leaf.shape:
-        return None
-    direction = torch.randn_like(output)
-    ones, along = (
-        _gradients(output, [leaf], factor)[0] for factor in (torch.ones_like(output), direction)
-    )
-    answer = ones.flatten(1)[:, :1].reshape(-1, *[1] * (ones.ndim - 1)) if ones.ndim > 1 else ones
-    tolerance = 1e-9 * ones.abs().max().item()
-    if not ones.abs().min() > tolerance or (along - answer * direction).abs().max() > tolerance * 9:
-        return None
-    return answer.flatten()
+        return False
+    direction = torch.rand_like(output)
+    slope = _slope(output, leaf)
+    (along,) = _gradients(output, [leaf], direction)
+    error = along - slope.reshape(-1, *[1] * (output.ndim - 1)) * direction
+    tolerance = 1e-9 * slope.abs().max()
+    return bool(slope.abs().min() > tolerance and error.abs().max() <= 9 * tolerance)
+
+
+def _slope(output: Tensor, leaf: Tensor) -> Tensor:
+    """Return the a of `output = a * leaf + constant`, one number per channel."""
+    return _gradients(output, [leaf])[0].reshape(len(leaf), -1)[:, 0]
 
 
 def _gradients(output: Tensor, leaves: list[Tensor], factor: Tensor | None = None) -> list[Tensor]:
@@ -404,14 +451,18 @@ def _norms(weight: Tensor) -> Tensor:
     return weight.flatten(1).norm(dim=1)
 
 
-def _build(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
+def _build(conv: nn.Conv2d, make: MakeBlock, padding: tuple[tuple[int, int], ...]) -> nn.Module:
     """Return the affine part of a block of the convolution's shape, dtype, device and state."""
     if conv.stride[0] != conv.stride[1]:
         raise ValueError(f"blocks have one stride, the convolution has {conv.stride}")
     settings: dict[str, Any] = {"stride": conv.stride[0], "groups": conv.groups}
     known = inspect.signature(make).parameters
-    for what, default in (("kernel_size", None), ("dilation", (1, 1))):
-        value = getattr(conv, what)
+    before, after = zip(*padding, strict=True)
+    for what, value, default in (
+        ("kernel_size", conv.kernel_size, None),
+        ("padding", before, before if before != after else None),
+        ("dilation", conv.dilation, (1, 1)),
+    ):
         if what in known and value != default:
             settings[what] = value[0] if value[0] == value[1] else value
     try:

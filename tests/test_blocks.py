@@ -365,6 +365,27 @@ def test_other_kernel_sizes(
     assert relative_error(module(x), folded(x)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "block",
+    [ACBlock, DiverseBranchBlock, MobileOneBlock, QARepVGGBlock, RepVGGBlock, RepViTBlock],
+)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding"), [(2, 2, 0), (4, 4, 0), (4, 1, 1), (3, 1, 2), (5, 1, 0)]
+)
+def test_other_paddings_and_even_kernels(
+    block: Callable[..., Block], kernel_size: int, stride: int, padding: int, groups: int
+) -> None:
+    sizes = {"kernel_size": kernel_size, "padding": padding}
+    module = randomize(block(4, 4, stride=stride, groups=groups, **sizes))
+    x = image(4)
+    folded = reparameterize(module, x)
+    assert type(folded.conv) is nn.Conv2d
+    assert folded.conv.kernel_size == (kernel_size, kernel_size)
+    assert folded.conv.padding == (padding, padding)
+    assert relative_error(module(x), folded(x)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("stride", "kernel_size"), [(1, 3), (2, 4), (3, 7), (4, 8)])
 @pytest.mark.parametrize(("out_channels", "groups"), [(6, 1), (8, 4), (4, 4), (2, 2)])
 def test_a_transposed_block_makes_the_image_larger(

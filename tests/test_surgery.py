@@ -10,11 +10,13 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
+from repnet import surgery
 from repnet.fold import reparameterize
 from repnet.layers import conv_bn
 from repnet.spec import CONFIGS, build, load_choice
-from repnet.surgery import inserted_blocks, overparameterize
+from repnet.surgery import insert_blocks, inserted_blocks, overparameterize
 from repnet.symbolic import kernel_of
 from tests.models import randomize_batch_norm, relative_error
 
@@ -71,7 +73,7 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
         self.again = self.body[0]
         self.down = nn.Conv2d(8, 6, 1)
-        self.last = nn.Conv2d(6, 4, 5, padding=1)
+        self.last = nn.Conv2d(6, 4, 3, padding=2, dilation=2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.again(self.body(self.stem(x)))
@@ -203,7 +205,7 @@ def test_again_changes_nothing() -> None:
         (["stem.?", "body.0"], {"stem.0", "body.0"}),
         (lambda name, conv: conv.bias is None, {"stem.0"}),
         (nn.Sequential, {"stem.0", "body.0"}),
-        (nn.Conv2d, {"stem.0", "body.0"}),
+        (nn.Conv2d, {"stem.0", "body.0", "down"}),
         ([nn.Linear, "again"], {"body.0"}),
     ],
 )
@@ -214,6 +216,8 @@ def test_where(where: object, names: set[str]) -> None:
 def test_a_block_that_takes_other_sizes_gets_them() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.Conv2d(4, 4, 3, padding=2, dilation=2))
     assert set(inserted_blocks(overparameterize(model, "dbb"))) == {"0"}
+    with pytest.raises(ValueError, match=r"kernel_size \(3, 3\), the convolution has \(7, 7\)"):
+        overparameterize(model, "residual", where="0")
     assert set(inserted_blocks(overparameterize(model, "residual"))) == {"1"}
     model[1].dilation, model[1].padding = (1, 1), (1, 1)
     assert set(inserted_blocks(overparameterize(model, "plain"))) == {"0", "1"}
@@ -225,8 +229,7 @@ class Standardized(nn.Conv2d):
 
 
 REFUSALS = [
-    (nn.Conv2d(4, 4, 7, padding=3), r"kernel_size \(3, 3\), the convolution has \(7, 7\)"),
-    (nn.Conv2d(4, 4, 3), r"padding \(\(1, 1\), \(1, 1\)\), the convolution has \(\(0, 0\)"),
+    (nn.Conv2d(4, 4, 4, padding="same"), r"padding \(\(1, 1\).*, the convolution has \(\(1, 2\)"),
     (nn.Conv2d(4, 4, 3, padding=2, dilation=2), "padding|dilation"),
     (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "mode 'reflect'"),
     (nn.Conv2d(4, 4, 3, (1, 2), padding=1), "blocks have one stride"),
@@ -348,7 +351,96 @@ def assert_comes_back(model: nn.Module, block: str) -> None:
     assert relative_error(old(x), fresh(x)) > 1e-6
 
 
-def test_grouped_convolutions_are_replaced_only_when_asked() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 8, 3, padding=1))
-    assert set(inserted_blocks(overparameterize(model))) == {"1"}
-    assert set(inserted_blocks(overparameterize(model, where="*"))) == {"0", "1"}
+WINDOWS = [  # kernel size, stride, padding, groups
+    (7, 1, 3, 4),
+    (4, 4, 0, 1),
+    (2, 2, 0, 1),
+    (4, 2, 1, 1),
+    (2, 1, 1, 4),
+    (3, 1, 0, 4),
+    (3, 1, 2, 4),
+    (5, 3, 1, 2),
+]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    "name", ["ac", "dbb", "mobileone", "plain", "qarepvgg", "repvgg", "repvit", "unireplk"]
+)
+def test_a_block_takes_any_window(name: str, window: tuple[int, int, int, int]) -> None:
+    kernel_size, stride, padding, groups = window
+    old = nn.Conv2d(4, 4, kernel_size, stride, padding, groups=groups).double()
+    x = images(2, 4, 17, 16, dtype=torch.float64)
+    if name == "unireplk" and kernel_size < 5:
+        with pytest.raises(ValueError, match="kernel_size must be one of 5, 7"):
+            overparameterize(old, name)
+        return
+    new = overparameterize(nn.Sequential(old, nn.ReLU()), name, batches=[x]).eval()
+    assert relative_error(old(x), new[0](x)) < 1e-9
+    assert_same_kernel(new[0], old, 1e-12)
+    assert type(reparameterize(new, x, norms="keep")[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", ["ac", "mobileone", "plain", "repvgg"])
+def test_grouped_and_rectangular_convolutions_are_selected(name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.Conv2d(4, 8, 3, padding=(1, 0), groups=2),
+        nn.Conv2d(8, 8, 1),
+    )
+    assert set(inserted_blocks(overparameterize(model, name))) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("ac", 6), ("dbb", 6), ("mobileone", 6), ("repvgg", 6), ("unireplk", 3)]
+)
+def test_convnext_comes_back_key_for_key(name: str, count: int) -> None:
+    stages = [CNBlockConfig(6, 8, 1), CNBlockConfig(8, 12, 1), CNBlockConfig(12, None, 1)]
+    old = ConvNeXt(stages, num_classes=5).double().eval()
+    x = images(2, 3, 32, 32, dtype=torch.float64)
+    new = overparameterize(old, name)
+    assert len(inserted_blocks(new)) == count
+    assert relative_error(old(x), new(x)) < 1e-9
+    train(new, x, steps=2)
+    folded = reparameterize(new, x, norms="keep")
+    assert relative_error(old(x), new(x)) > 1e-6
+    assert folded.state_dict().keys() == old.state_dict().keys()
+    old.load_state_dict(folded.state_dict(), strict=True)
+    assert relative_error(new(x), old(x)) < 1e-9
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_tied_convolutions_stay_tied(key: str) -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)))
+    setattr(model[2], key, getattr(model[0], key))
+    for where in (None, nn.Conv2d):
+        new = overparameterize(model, where=where)
+        assert set(inserted_blocks(new)) == {"1"}
+        assert getattr(new[2], key) is getattr(new[0], key)
+    for where in ("0", lambda name, conv: name == "0"):
+        with pytest.raises(ValueError, match=f"'0': its {key} is also '2.{key}'"):
+            overparameterize(model, where=where)
+    network = nn.Sequential(model[0])  # tied to a module outside of it
+    parent = nn.ModuleDict({"network": network, "other": nn.Sequential(model[2], model[0])})
+    with pytest.raises(ValueError, match=f"its {key} is also 'other.0.{key}'"):
+        insert_blocks(network, parent=parent)
+
+
+def test_a_convolution_that_the_parent_also_uses_stays_shared() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    parent = nn.ModuleDict({"network": network, "other": nn.Sequential(network[0])})
+    assert insert_blocks(network, parent=parent) == ["0"]
+    assert parent["other"][0] is network[0]
+
+
+def test_convolutions_of_equal_shape_are_analyzed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    analyze = surgery._Swap._analyze
+    monkeypatch.setattr(
+        surgery._Swap, "_analyze", lambda swap: (shapes.append(swap.name), analyze(swap))[1]
+    )
+    sizes = [(4, 4, True), (4, 8, True), (8, 8, True), (8, 8, True), (8, 8, False)]
+    model = nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1, bias=b) for i, o, b in sizes)).eval()
+    x = images(2, 4, 9, 9)
+    assert relative_error(model(x), overparameterize(model, "dbb")(x)) < SINGLE
+    assert shapes == ["0", "1", "2", "4"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from repnet.blocks.block import Block
-from repnet.layers import Sum, conv_bn
+from repnet.blocks.block import Block, aligned
+from repnet.layers import Size, Sum, conv_bn
 
 
 class ACBlock(Block):
@@ -18,7 +18,8 @@ class ACBlock(Block):
         out_channels: of the output.
         stride: of every branch.
         groups: of every branch.
-        kernel_size: K, pixels, odd.
+        kernel_size: K, pixels.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         **options: `attention` and `activation` of `Block`.
     """
 
@@ -30,10 +31,11 @@ class ACBlock(Block):
         stride: int = 1,
         groups: int = 1,
         kernel_size: int = 3,
+        padding: Size | None = None,
         **options: Any,
     ) -> None:
         sizes = [(kernel_size, kernel_size), (kernel_size, 1), (1, kernel_size)]
-        branches = Sum(
-            *(conv_bn(in_channels, out_channels, k, stride=stride, groups=groups) for k in sizes)
-        )
-        super().__init__(branches, out_channels, **options)
+        branches = [
+            conv_bn(in_channels, out_channels, k, stride=stride, groups=groups) for k in sizes
+        ]
+        super().__init__(Sum(*aligned(branches, kernel_size, padding)), out_channels, **options)

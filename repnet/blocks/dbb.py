@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from repnet.blocks.block import Block
+from repnet.blocks.block import Block, aligned
 from repnet.layers import PadBatchNorm, Sum, conv, conv_bn, identity_conv
 
 
@@ -23,7 +23,8 @@ class DiverseBranchBlock(Block):
         out_channels: of the output.
         stride: of every branch.
         groups: of every convolution.
-        kernel_size: K, pixels, odd.
+        kernel_size: K, pixels.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         internal_channels: between the 1x1 and the KxK of the third branch, a multiple of `groups`;
             None for `in_channels`, in a depthwise block for twice as many. The 1x1 starts as the
             identity only if they equal `in_channels`.
@@ -38,15 +39,19 @@ class DiverseBranchBlock(Block):
         stride: int = 1,
         groups: int = 1,
         kernel_size: int = 3,
+        padding: int | None = None,
         internal_channels: int | None = None,
         **options: Any,
     ) -> None:
-        padding = (kernel_size - 1) // 2
+        padding = (kernel_size - 1) // 2 if padding is None else padding
         depthwise = groups == in_channels == out_channels
         internal = internal_channels or in_channels * (2 if depthwise else 1)
         pointwise = None
         if depthwise:
             pool = nn.Sequential(nn.AvgPool2d(kernel_size, stride, padding))
+            if 2 * padding > kernel_size:  # more than AvgPool2d can pad
+                pooled = nn.AvgPool2d(kernel_size, stride)
+                pool = nn.Sequential(nn.Sequential(nn.ZeroPad2d(padding), pooled))
         else:
             pointwise = conv_bn(in_channels, out_channels, 1, stride=stride, groups=groups)
             pool = nn.Sequential(
@@ -62,9 +67,9 @@ class DiverseBranchBlock(Block):
             nn.Conv2d(internal, out_channels, kernel_size, stride, groups=groups, bias=False),
             nn.BatchNorm2d(out_channels),
         )
+        square = conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
         branches = Sum(
-            conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups),
-            pointwise,
+            *aligned([square, pointwise], kernel_size, padding),
             sequence,
             pool.append(nn.BatchNorm2d(out_channels)),
         )

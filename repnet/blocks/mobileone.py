@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from repnet.blocks.block import Block
-from repnet.layers import Sum, conv_bn, identity_bn
+from repnet.blocks.block import Block, aligned
+from repnet.layers import Size, Sum, conv_bn, identity_bn
 
 
 class MobileOneBlock(Block):
@@ -19,7 +19,8 @@ class MobileOneBlock(Block):
         out_channels: of the output; the identity exists only where it equals `in_channels`.
         stride: the identity exists only at 1.
         groups: of all convolutions.
-        kernel_size: pixels, odd.
+        kernel_size: pixels.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         num_branches: equal convolutions; the paper's k.
         **options: `attention` and `activation` of `Block`.
 
@@ -34,15 +35,16 @@ class MobileOneBlock(Block):
         *,
         stride: int = 1,
         groups: int = 1,
-        kernel_size: int = 3,
+        kernel_size: Size = 3,
+        padding: Size | None = None,
         num_branches: int = 4,
         **options: Any,
     ) -> None:
         if num_branches < 1:
             raise ValueError(f"num_branches must be at least 1, got {num_branches}")
-        sizes = [kernel_size] * num_branches + [1] * (kernel_size > 1)
-        branches = Sum(
+        sizes = [kernel_size] * num_branches + [1] * (kernel_size != 1)
+        branches = [
             *(conv_bn(in_channels, out_channels, k, stride=stride, groups=groups) for k in sizes),
             identity_bn(in_channels, out_channels, stride=stride),
-        )
-        super().__init__(branches, out_channels, **options)
+        ]
+        super().__init__(Sum(*aligned(branches, kernel_size, padding)), out_channels, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repnet.blocks.block import Block
+from repnet.blocks.block import Block, aligned
 from repnet.layers import Size, conv_bn
 
 
@@ -17,6 +17,7 @@ class PlainBlock(Block):
         stride: of the convolution.
         groups: of the convolution.
         kernel_size: pixels.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         **options: `attention` and `activation` of `Block`.
     """
 
@@ -28,7 +29,9 @@ class PlainBlock(Block):
         stride: int = 1,
         groups: int = 1,
         kernel_size: Size = 3,
+        padding: Size | None = None,
         **options: Any,
     ) -> None:
-        layers = conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
+        branch = conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
+        (layers,) = aligned([branch], kernel_size, padding)
         super().__init__(layers, out_channels, **options)

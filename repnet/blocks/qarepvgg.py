@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from repnet.blocks.block import Block
-from repnet.layers import Sum, conv, conv_bn, identity
+from repnet.blocks.block import Block, aligned
+from repnet.layers import Size, Sum, conv, conv_bn, identity
 
 
 class QARepVGGBlock(Block):
@@ -21,7 +21,8 @@ class QARepVGGBlock(Block):
         out_channels: of the output; `x` is added only where it equals `in_channels`.
         stride: `x` is added only at 1.
         groups: of both convolutions.
-        kernel_size: of the large convolution, pixels, odd.
+        kernel_size: of the large convolution, pixels.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         **options: `attention` and `activation` of `Block`.
     """
 
@@ -32,13 +33,15 @@ class QARepVGGBlock(Block):
         *,
         stride: int = 1,
         groups: int = 1,
-        kernel_size: int = 3,
+        kernel_size: Size = 3,
+        padding: Size | None = None,
         **options: Any,
     ) -> None:
-        branches = Sum(
+        branches = [
             conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups),
             conv(in_channels, out_channels, 1, stride=stride, groups=groups, bias=False),
             identity(in_channels, out_channels, stride=stride),
-        )
+        ]
         norm = nn.BatchNorm2d(out_channels)
-        super().__init__(nn.Sequential(branches, norm), out_channels, **options)
+        layers = nn.Sequential(Sum(*aligned(branches, kernel_size, padding)), norm)
+        super().__init__(layers, out_channels, **options)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from repnet.blocks.block import Block
-from repnet.layers import Sum, conv_bn
+from repnet.blocks.block import Block, aligned
+from repnet.layers import Size, Sum, conv_bn
 
 
 class LargeKernelBlock(Block):
@@ -18,8 +18,9 @@ class LargeKernelBlock(Block):
         out_channels: of the output.
         stride: of both branches.
         groups: of both branches.
-        kernel_size: of the large one, pixels, odd.
-        small_kernel_size: of the other one, pixels, odd.
+        kernel_size: of the large one, pixels.
+        small_kernel_size: of the other one, pixels.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         **options: `attention` and `activation` of `Block`.
     """
 
@@ -30,12 +31,13 @@ class LargeKernelBlock(Block):
         *,
         stride: int = 1,
         groups: int = 1,
-        kernel_size: int = 31,
-        small_kernel_size: int = 5,
+        kernel_size: Size = 31,
+        small_kernel_size: Size = 5,
+        padding: Size | None = None,
         **options: Any,
     ) -> None:
-        branches = Sum(
-            conv_bn(in_channels, out_channels, kernel_size, stride=stride, groups=groups),
-            conv_bn(in_channels, out_channels, small_kernel_size, stride=stride, groups=groups),
-        )
-        super().__init__(branches, out_channels, **options)
+        branches = [
+            conv_bn(in_channels, out_channels, k, stride=stride, groups=groups)
+            for k in (kernel_size, small_kernel_size)
+        ]
+        super().__init__(Sum(*aligned(branches, kernel_size, padding)), out_channels, **options)

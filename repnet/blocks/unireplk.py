@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from repnet.blocks.block import Block
-from repnet.layers import Sum, conv_bn
+from repnet.blocks.block import Block, aligned
+from repnet.layers import Size, Sum, conv_bn
 
 # The authors' small branches by the size of the large one: (kernel size, dilation).
 BRANCHES = {
@@ -31,6 +31,7 @@ class DilatedReparamBlock(Block):
         stride: of every branch.
         groups: of every branch.
         kernel_size: of the large convolution, pixels: 5, 7, 9, 11, 13, 15 or 17.
+        padding: pixels on each side; None for `(kernel_size - 1) // 2`.
         **options: `attention` and `activation` of `Block`.
 
     Raises:
@@ -45,15 +46,14 @@ class DilatedReparamBlock(Block):
         stride: int = 1,
         groups: int = 1,
         kernel_size: int = 13,
+        padding: Size | None = None,
         **options: Any,
     ) -> None:
         if kernel_size not in BRANCHES:
             sizes = ", ".join(str(size) for size in BRANCHES)
             raise ValueError(f"kernel_size must be one of {sizes}, got {kernel_size}")
-        branches = Sum(
-            *(
-                conv_bn(in_channels, out_channels, k, stride=stride, dilation=d, groups=groups)
-                for k, d in ((kernel_size, 1), *BRANCHES[kernel_size])
-            )
-        )
-        super().__init__(branches, out_channels, **options)
+        branches = [
+            conv_bn(in_channels, out_channels, k, stride=stride, dilation=d, groups=groups)
+            for k, d in ((kernel_size, 1), *BRANCHES[kernel_size])
+        ]
+        super().__init__(Sum(*aligned(branches, kernel_size, padding)), out_channels, **options)

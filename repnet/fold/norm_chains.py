@@ -222,7 +222,9 @@ class Chains:
             if user.op == "call_module":
                 if user.args != (node,) or user.kwargs:
                     break
-                if not is_identity(user):
+                if _rearranges(user) and total == channels:
+                    path.append(user)
+                elif not is_identity(user):
                     head = self.head(str(user.target))
                     if head is None or not self._keeps_channels(path, channel_axis):
                         break
@@ -466,7 +468,27 @@ def _moves_labels(path: list[fx.Node], channel_axis: int) -> bool:
     return moved.ndim > 1 and moved.shape[1] == len(channels) and bool((moved == channels).all())
 
 
+def _rearranges(call: fx.Node) -> bool:
+    """Return whether a module moves values and does nothing else."""
+    frame: Frame | None = call.meta.get("frame")
+    if frame is None or frame.unclear or frame.decisions or frame.frozen:
+        return False
+    nodes = [n for n in frame.graph.nodes if n.op not in ("placeholder", "output")]
+    moves = [n for n in nodes if "shape" in n.meta and n.target is not getattr]
+    return bool(moves) and all(n.op != "call_module" and _name(n) in REARRANGING for n in moves)
+
+
 def _rearrange(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
+    if node.op == "call_module":
+        (labels,) = values.values()
+        inner: dict[fx.Node, Tensor] = {}
+        for n in node.meta["frame"].graph.nodes:
+            if n.op == "placeholder" and "shape" in n.meta:
+                inner[n] = labels
+            elif n.op == "output":
+                return inner[n.args[0]]
+            elif "shape" in n.meta:
+                inner[n] = _rearrange(n, inner)
     def value(argument: fx.Node) -> Any:
         if argument in values:
             return values[argument]

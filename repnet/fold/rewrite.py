@@ -99,6 +99,9 @@ def graph_of(
     built = fx.GraphModule(_objects(graph, home, added), graph, type(original).__name__)
     for node in built.graph.nodes:
         node.meta.clear()  # sizes of the example
+    for name in gone - set(added):  # others may hold it, and nobody calls it
+        owner, _, key = name.rpartition(".")
+        home.get_submodule(owner)._modules[key] = nn.Identity().eval()
     for name, child in home.named_children():
         if name not in built._modules and name not in gone and name not in added:
             built.add_module(name, child)  # others may read it
