@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -370,10 +370,25 @@ def _coarseness(dtype: torch.dtype) -> float:
 
 def _tensors(output: Any) -> list[Tensor]:
     """Return the tensors in an output, complex ones as pairs of numbers."""
-    found = []
-    for leaf in tree_leaves(output):
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
-        elif isinstance(leaf, Tensor):
-            found.append(torch.view_as_real(leaf) if leaf.is_complex() else leaf)
-    return found
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(output)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers, and in the attributes of an object."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | set | frozenset):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
+    elif not isinstance(value, int | float | str | bool | type | nn.Module | None):
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif isinstance(getattr(leaf, "__dict__", None), dict) and not callable(leaf):
+                yield from (v for v in vars(leaf).values() if isinstance(v, Tensor))

@@ -41,7 +41,7 @@ class InFloat64(TorchFunctionMode):
 
 
 def _conv2d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -55,7 +55,7 @@ def _conv2d(
     most of the time of such a layer goes into moving its weight, and several times as much into
     fresh memory for a float64 copy of it.
     """
-    x, bias = _exact((x, bias))
+    x, bias = _exact((input, bias))
     size = weight[0].numel()
     plain = x.is_cpu and x.ndim == 4 and groups == 1 and not isinstance(padding, str)
     if not (plain and len(x) * x[0, 0].numel() * size < weight.numel() > CHUNK):

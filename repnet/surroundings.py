@@ -27,6 +27,8 @@ def prepared(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         where = f"'{name or type(module).__name__}'"
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if "FloatFunctional" in kind:  # of torchvision's float models: adds, and nothing else
+            continue
         if ".quantized." in f".{kind}" or ".qat." in kind or "fake_quantize" in kind:
             raise NotFoldableError(f"{where} is quantized ({kind}); fold first, then quantize")
         if isinstance(module, ScriptModule):

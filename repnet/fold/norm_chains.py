@@ -96,7 +96,7 @@ class Chains:
                                 barred.setdefault(name, str(error))
                     continue
                 for path in paths:
-                    self._scan(path, sequences, heads)
+                    self._scan(path, sequences, heads, barred)
         links = {}
         for tail, found in sequences.items():
             common = found[0]
@@ -182,6 +182,7 @@ class Chains:
         frame: Frame,
         sequences: dict[str, list[tuple[tuple[Link, fx.Node], ...]]],
         heads: dict[str, set[fx.Node]],
+        barred: dict[str, str],
     ) -> None:
         result = self.survey.output(frame)
         given = self.survey.tensor_argument(frame)
@@ -203,6 +204,30 @@ class Chains:
             )
             if not passed_on:
                 sequences[tail].append(tuple(self._followers(frame, node)))
+        self._bar_undecided(frame, barred)
+
+    def _bar_undecided(self, frame: Frame, barred: dict[str, str]) -> None:
+        """Bar the layers whose calls may depend on a number that was not followed.
+
+        What was called before it, and has left nothing that can be used after it, does not.
+        """
+        for decision in frame.decisions:
+            if decision.forced:
+                continue
+            for node in frame.graph.nodes:
+                if node.op != "call_module":
+                    continue
+                time = node.meta["time"]
+                before = time < decision.time and node not in decision.alive
+                after = decision.end is not None and time >= decision.end
+                if not before and not after and decision.end is None:
+                    reason = f"the forward of '{frame.name}' makes a number of a size"
+                elif decision.end is not None and decision.time <= time < decision.end:
+                    reason = f"the forward of '{frame.name}' makes a number of a size around it"
+                else:
+                    continue
+                for name in self._ends(node):
+                    barred.setdefault(name, reason)
 
     def _followers(self, frame: Frame, begin: fx.Node) -> list[tuple[Link, fx.Node]]:
         """Return what alone consumes the output of a layer, one after the other."""

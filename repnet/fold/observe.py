@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from repnet.equivalence import Inputs
-from repnet.fold.record import Recorder
+from repnet.fold.record import Recorder, RecordingError
 from repnet.fold.survey import Survey, is_opaque
 from repnet.precision import InFloat64
 from repnet.symbolic import twin
@@ -30,7 +30,7 @@ def observe(
         inlined: names of modules that are written into the frame of their caller.
 
     Raises:
-        ValueError: the model cannot run on these inputs.
+        RecordingError: the model cannot run on these inputs, or not under observation.
     """
     without = Inputs(*tree_map(without_values, (inputs.args, inputs.kwargs or {})))
     copy = prepared_copy(model, device="meta")
@@ -47,7 +47,7 @@ def observe(
             with InFloat64():
                 first = _run(prepared_copy(model), inputs, inlined, torch.no_grad())
         except Exception as error:  # forward is anyone's code
-            raise ValueError(f"the model cannot run on example_input: {error}") from error
+            raise RecordingError(str(error)) from error
         return Survey(model, [first])
     return Survey(model, [first, *_second(copy, inputs, inlined, meta=False)])
 
@@ -89,29 +89,52 @@ def _second(
 
     A graph of the autograd engine keeps tensors, so that what a forward keeps is not seen here.
     """
-    for other in _varied(inputs):
+    for other, complete in _varied(inputs):
         if meta:
             try:
                 floating = [t.dtype for t in copy.parameters() if t.is_floating_point()]
                 dtype = torch.float64 if torch.float64 not in floating else torch.float32
                 copy.to(dtype)
-                return [_run(copy, other.to(dtype), inlined, torch.enable_grad(), keeps=False)]
+                run = _run(copy, other.to(dtype), inlined, torch.enable_grad(), keeps=False)
+                return [_marked(run, complete)]
             except Exception:  # it may have good reasons
                 pass
         try:
-            return [_run(copy, other, inlined, torch.no_grad())]
+            return [_marked(_run(copy, other, inlined, torch.no_grad()), complete)]
         except Exception:  # not every model takes every size
             continue
     return []
 
 
-def _varied(inputs: Inputs) -> Iterator[Inputs]:
-    """Yield inputs of other sizes: all of them, the batch, the image."""
-    for batch, space in ((True, True), (True, False), (False, True)):
+def _marked(run: Recorder, complete: bool) -> Recorder:
+    """Return a run in which numbers that were given are frozen if they were not varied."""
+    if not complete:
+        run.calls[""][0].frozen["a number"] = None
+    return run
 
-        def vary(value: Any, nested: bool = False, batch: bool = batch, space: bool = space) -> Any:
+
+def _varied(inputs: Inputs) -> Iterator[tuple[Inputs, bool]]:
+    """Yield inputs of other sizes: all of them, the batch, the image; and other numbers, too."""
+    given = tree_leaves((inputs.args, inputs.kwargs))
+    has_numbers = any(isinstance(v, int | float) and not isinstance(v, bool) for v in given)
+    for numbers, batch, space in (
+        *(((True, True, True), (True, True, False)) if has_numbers else ()),
+        *((False, True, True), (False, True, False), (False, False, True)),
+    ):
+
+        def vary(
+            value: Any,
+            nested: bool = False,
+            numbers: bool = numbers,
+            batch: bool = batch,
+            space: bool = space,
+        ) -> Any:
             if isinstance(value, tuple | list):
                 return type(value)(vary(v, True) for v in value)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return value + 1 if numbers else value
+            if isinstance(value, dict):
+                return {k: vary(v) for k, v in value.items()}
             if not isinstance(value, Tensor) or value.ndim == 0:
                 return value
             shape = list(value.shape)
@@ -127,10 +150,11 @@ def _varied(inputs: Inputs) -> Iterator[Inputs]:
             random = value.is_floating_point()
             return value.new_empty(shape).normal_() if random else value.new_zeros(shape)
 
-        yield Inputs(
+        other = Inputs(
             tuple(vary(v) for v in inputs.args),
             {k: vary(v) for k, v in (inputs.kwargs or {}).items()},
         )
+        yield other, numbers or not has_numbers
 
 
 def _clone(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -26,19 +27,19 @@ class Proof:
 
     Args:
         source: the model.
-        inputs: of it, in float64.
-
-    Raises:
-        ValueError: the model cannot run on the inputs.
+        inputs: of it.
     """
 
     def __init__(self, source: nn.Module, inputs: Inputs) -> None:
         self.source, self.inputs = source, inputs
         self.exact: list[Any] = []  # what the model returned last
         self.has_values = not any(t.is_meta for t in (*source.parameters(), *source.buffers()))
+        self.in_float64 = True
 
     def measure(self, built: Built) -> Equivalence | None:
-        """Return how far a folded copy is from the model; None where nothing has values.
+        """Return how far a folded copy is from the model; None where nothing can be compared.
+
+        In float64, and in the dtype of the model only if that refuses float64.
 
         Raises:
             FoldMismatchError: the copy does not run.
@@ -47,16 +48,31 @@ class Proof:
         if not self.has_values:
             return None
         reference = twin(self.source)  # a run may keep things aside, which must not stay in it
-        self.exact.clear()
         reference.register_forward_hook(lambda module, args, output: self.exact.append(output))
         names = list(dict.fromkeys(name for _, name in built.folds))
+        if self.in_float64:
+            inputs = self.inputs.to(torch.float64)
+            self.exact.clear()
+            try:
+                with InFloat64():
+                    return compare(reference, twin(built.model), [inputs], names=names)
+            except FoldMismatchError:
+                raise
+            except Exception:  # forward is anyone's code
+                self.in_float64 = False
+        self.exact.clear()
         try:
-            with InFloat64():
-                return compare(reference, twin(built.model), [self.inputs], names=names)
+            return compare(reference, _cast(built), [self.inputs], names=names)
         except FoldMismatchError:
             raise
-        except Exception as error:  # forward is anyone's code
+        except Exception as error:
+            if self.exact:
+                return None  # it returns nothing that could be compared
             raise ValueError(f"the model cannot run on example_input: {error}") from error
+
+    def tolerances(self, found: Equivalence) -> tuple[float, float]:
+        """Return the largest relative error of a block, and of the outputs."""
+        return TOLERANCES[torch.float64 if self.in_float64 else found.dtype]
 
     def culprits(
         self, built: Built, rebuild: Callable[[set[str]], Built]
@@ -67,7 +83,6 @@ class Proof:
             built: a folded copy.
             rebuild: returns a copy with the named folds alone.
         """
-        block, outputs = TOLERANCES[torch.float64]
         message = "something outside of it reads what was folded"
         found: Equivalence | None = None
         try:
@@ -77,6 +92,7 @@ class Proof:
         else:
             if found is None:
                 return None, {}
+            block, outputs = self.tolerances(found)
             errors = {b.name: b.relative_error for b in found.blocks}
             root = type(self.source).__name__
             wrong = {
@@ -108,17 +124,28 @@ class Proof:
             found = self.measure(built)
         except FoldMismatchError:
             return False
-        assert found is not None
-        return (found.rest_error if found.blocks else found.max_relative_error) <= TOLERANCES[
-            torch.float64
-        ][1]
+        if found is None:
+            return True
+        error = found.rest_error if found.blocks else found.max_relative_error
+        return error <= self.tolerances(found)[1]
 
     def stored(self, built: Built) -> Equivalence | None:
         """Compare the copy as it is stored and runs with the exact outputs of the model."""
-        if not self.has_values:
+        if not self.exact:
             return None
         stored = _Stored(twin(built.model), [dtype for _, _, dtype in built.made])
-        return compare(_Recalled(self.exact), stored, [self.inputs], names=[])
+        try:
+            return compare(_Recalled(self.exact), stored, [self.inputs], names=[])
+        except ValueError:  # it returns nothing that could be compared
+            return None
+
+
+def _cast(built: Built) -> nn.Module:
+    """Return a copy in which the new layers are in the dtypes that they are stored in."""
+    dtypes = {id(layer): dtype for _, layer, dtype in built.made}
+    copies = {key: deepcopy(layer).to(dtypes[key]) for _, layer, _ in built.made
+              for key in [id(layer)]}  # fmt: skip
+    return twin(built.model, replaced=copies)
 
 
 class _Recalled(nn.Module):

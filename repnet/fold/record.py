@@ -22,14 +22,16 @@ no graph shows, and is marked as escaped.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import inspect
 import math
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -38,7 +40,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+
+from repnet.equivalence import tensors_in
 
 # Read values of a tensor into Python.
 VALUES = {
@@ -56,6 +59,28 @@ MOST_DECISIONS = 12
 
 class RecordingError(RuntimeError):
     """A run cannot be recorded on these inputs."""
+
+
+@dataclass(eq=False)
+class Decision:
+    """A value that a forward goes on with, and that another input may change.
+
+    Args:
+        node: computes the value.
+        value: in this run.
+        forced: whether another value can be put in its place: it is true or false.
+        time: calls of modules before it.
+        alive: calls of modules whose output could still be used by what comes.
+        end: calls of modules before the function returned that took the decision, if it returned
+            no numbers, so that nothing after it knows of the decision; else None.
+    """
+
+    node: fx.Node
+    value: Any
+    forced: bool
+    time: int
+    alive: set[fx.Node]
+    end: int | None = None
 
 
 class Frame:
@@ -78,7 +103,8 @@ class Frame:
         self.recorder, self.name, self.module, self.parent = recorder, name, module, parent
         self.graph = fx.Graph()
         self.frozen: dict[str, Any] = {}  # arguments that are no tensors, and that forward reads
-        self.decisions: list[tuple[fx.Node, Any, bool]] = []  # value, and whether it can be forced
+        self.decisions: list[Decision] = []
+        self.time = 0  # calls of modules so far
         self.unclear = ""  # why the graph does not tell what the forward does
         self.rewritable = True  # a graph can stand for the forward
         self.plain_call = False  # one tensor came in, as the first argument
@@ -110,8 +136,8 @@ class Frame:
                 bound[name] = {k: self._argument(k, v) for k, v in bound.get(name, {}).items()}
             elif given:
                 bound[name] = self._argument(name, bound[name], parameter.default)
-                if not _holds_tensors(bound[name]):
-                    self._freeze(name, bound[name], reads)
+                if (structure := _structure(bound[name])) is not None:
+                    self._freeze(name, structure, reads)
             else:
                 self._placeholder(name, parameter.default, parameter.default)
                 self._freeze(name, parameter.default, reads)
@@ -120,7 +146,7 @@ class Frame:
         return arguments.args, arguments.kwargs
 
     def _freeze(self, name: str, value: Any, reads: frozenset[str]) -> None:
-        if name in reads and not isinstance(value, Dim | Ratio):
+        if name in reads:
             self.frozen[name] = value
 
     def _placeholder(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
@@ -134,6 +160,8 @@ class Frame:
 
     def _argument(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
         node = self._placeholder(name, value, default)
+        if self.parent is None:
+            value = _map(value, int, lambda n: n if isinstance(n, bool) else Dim(n, self, node))
         if isinstance(value, list | dict):
             self.rewritable = False  # forward may change the container of its caller
         return self.bind(value, node)
@@ -143,7 +171,7 @@ class Frame:
         for tensor in tensors_in(output):
             self.returned.append(weakref.ref(tensor))
         self.graph.output(self._rebuilt(output))
-        decided = {node for node, _, _ in self.decisions}
+        decided = {d.node for d in self.decisions}
         for node in reversed(self.graph.nodes):
             # Sizes that were read and not used are no users of a tensor.
             if node.op == "call_function" and not node.users and node not in decided:
@@ -228,7 +256,7 @@ class Frame:
         if isinstance(value, Dim | Ratio):
             if value.frame is self:
                 return value.node
-            self.decisions.append((self.graph.call_function(abs, (0,)), value, False))
+            self.decide(self.graph.call_function(abs, (0,)), value, forced=False)
             return int(value) if isinstance(value, int) else float(value)
         kind = type(value)
         if kind in (tuple, list, torch.Size):
@@ -271,12 +299,14 @@ class Frame:
     def decide(self, node: fx.Node, value: Any, *, forced: bool = True) -> Any:
         """Note that the forward goes on with a value; return it, or what a script says."""
         script = self.recorder.script
-        if script is not None and self is self.recorder.frames[0]:
-            if not forced:
-                raise RecordingError("forward reads a number")
-            if len(self.decisions) < len(script):
-                value = script[len(self.decisions)]
-        self.decisions.append((node, value, forced))
+        if script is not None and forced and self is self.recorder.frames[0]:
+            n = sum(d.forced for d in self.decisions)
+            value = script[n] if n < len(script) else value
+        alive = {n for r, n in self.bound if n.op == "call_module" and r() is not None}
+        decision = Decision(node, value, forced, self.time, alive)
+        self.decisions.append(decision)
+        if not forced:
+            self.recorder.watch(self, decision)
         return value
 
     @property
@@ -294,7 +324,7 @@ class Frame:
             (n.op, n.target if n.op != "placeholder" else n.name, repr(written((n.args, n.kwargs))))
             for n in self.graph.nodes
         ]
-        return [*found, repr(self.frozen), self.unclear, [v for _, v, _ in self.decisions]]
+        return [*found, repr(self.frozen), self.unclear, [d.value for d in self.decisions]]
 
 
 class _Shape:
@@ -429,6 +459,7 @@ class Recorder(TorchFunctionMode):
                 elif isinstance(value, list | tuple | dict) and not key.startswith("_"):
                     for tensor in tensors_in(value):
                         self.constants.setdefault(id(tensor), f"{prefix}{key}.?")
+        self.steered: set[str] = set()  # modules whose attributes another one sets
         self.frames: list[Frame] = []  # whose forward is running, the innermost last
         self.calls: dict[str, list[Frame]] = {}
         self.leaves: dict[str, list[tuple[Frame, fx.Node]]] = {}
@@ -442,18 +473,51 @@ class Recorder(TorchFunctionMode):
         Raises:
             RecordingError: there is no output.
         """
-        original = nn.Module.__call__
+        original, set_attribute = nn.Module.__call__, nn.Module.__setattr__
         recorder = self
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder._called(module, original, args, kwargs)
 
+        def set_noted(module: nn.Module, name: str, value: Any) -> None:
+            if recorder.frames and module is not recorder.frames[-1].module:
+                recorder.steered.add(recorder.names.get(module, ""))
+            set_attribute(module, name, value)
+
         nn.Module.__call__ = called  # type: ignore[method-assign]
+        nn.Module.__setattr__ = set_noted  # type: ignore[method-assign,assignment]
         try:
-            with self:
+            with self, _sizes_followed():
                 return self.model(*args, **kwargs)
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
+            nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
+            for name in self.steered:
+                for frame in self.calls.get(name, ()):
+                    frame.unclear = frame.unclear or "another module sets its attributes"
+
+    def watch(self, frame: Frame, decision: Decision) -> None:
+        """Note when the function returns that takes a decision, if it is not the forward itself."""
+        caller: Any = sys._getframe(1)
+        while caller is not None and caller.f_code.co_filename == __file__:
+            caller = caller.f_back
+        forward = getattr(type(frame.module).forward, "__code__", None)
+        if caller is None or caller.f_code is forward:
+            return
+        watched, before = [caller], sys.getprofile()
+
+        def returned(current: Any, event: str, value: Any) -> None:
+            if current is not watched[0] or event != "return":
+                return
+            outer = current.f_back
+            if isinstance(value, Tensor | None):
+                decision.end = frame.time
+            elif outer is not None and outer.f_code is not forward:
+                watched[0] = outer
+                return
+            sys.setprofile(before)
+
+        sys.setprofile(returned)
 
     def mark_escaped(self) -> None:
         """Mark the tensors that are still there, though nobody returned them."""
@@ -487,6 +551,8 @@ class Recorder(TorchFunctionMode):
             return original(module, *args, **kwargs)
         with self._pause():
             node = frame.graph.call_module(name, frame.node(args), frame.node(kwargs))
+            node.meta["time"] = frame.time
+            frame.time += 1
             tensors = list(tensors_in((args, kwargs)))
             versions = [_version(t) for t in tensors]
             if leaf:
@@ -605,11 +671,10 @@ class Recorder(TorchFunctionMode):
         if name in ("numel", "nelement", "__len__") and not self._is_constant(frame, args[0]):
             value = func(*args, **kwargs)
             if name == "__len__":  # Python makes a plain number of it
-                frame.decide(frame.call(len, args), value, forced=False)
-                return value
+                return frame.decide(frame.call(_length, args), value, forced=False)
             return Dim(value, frame, frame.call(Tensor.numel, args))
         if name == "__iter__" and isinstance(args[0], Tensor):
-            frame.decide(frame.call(len, args), len(args[0]), forced=False)
+            frame.decide(frame.call(_length, args), len(args[0]), forced=False)
             return iter(self._recorded(frame, torch.unbind, args, {}))
         if name in VALUES:
             return self._value(frame, func, name, args, kwargs)
@@ -674,6 +739,50 @@ class Recorder(TorchFunctionMode):
         return self._result(frame, node, output, tensors, versions)
 
 
+def _length(tensor: Tensor) -> int:
+    return tensor.shape[0]
+
+
+@contextmanager
+def _sizes_followed() -> Iterator[None]:
+    """Let functions of Python that would make plain numbers of sizes take part in the recording."""
+    originals: list[tuple[Any, str, Any]] = []
+
+    def patch(namespace: Any, name: str, function: Any) -> None:
+        originals.append((namespace, name, getattr(namespace, name)))
+        setattr(namespace, name, function)
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, Tensor) and value.ndim else count(value)
+
+    def steps(*limits: Any) -> range:
+        for limit in limits:
+            if isinstance(limit, Dim):
+                limit.frame.decide(limit.node, limit._plain(), forced=False)
+        return numbers(*limits)
+
+    count, numbers = len, range
+    patch(builtins, "len", length)
+    patch(builtins, "range", steps)
+    for name in ("sqrt", "log", "log2", "exp", "floor", "ceil"):
+        patch(math, name, _followed(getattr(math, name)))
+    try:
+        yield
+    finally:
+        for namespace, name, function in originals:
+            setattr(namespace, name, function)
+
+
+def _followed(function: Callable[..., Any]) -> Callable[..., Any]:
+    compute = _arithmetic(function)
+
+    def call(*values: Any) -> Any:
+        tracked = any(isinstance(v, _Tracked) for v in values)
+        return compute(*values) if tracked else function(*values)
+
+    return call
+
+
 def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Frame]:
     """Return a frame for each way that a forward may take, whatever its sizes and values are.
 
@@ -699,7 +808,7 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
             raise RecordingError(str(error)) from error
         (found,) = recorder.calls[frame.name]
         found.parent = frame.parent
-        taken = [value for _, value, _ in found.decisions]
+        taken = [d.value for d in found.decisions if d.forced]
         if len(taken) > MOST_DECISIONS or len(frames) > MOST_PATHS:
             raise RecordingError("it branches too often")
         frames.append(found)
@@ -774,25 +883,18 @@ def _autocast() -> tuple[bool, bool]:
     return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested containers, and in the attributes of an object."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | set | frozenset):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name, None))
-    elif not isinstance(value, int | float | str | bool | type | nn.Module | None):
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                yield leaf
-            elif isinstance(getattr(leaf, "__dict__", None), dict) and not callable(leaf):
-                yield from (v for v in vars(leaf).values() if isinstance(v, Tensor))
+def _structure(value: Any) -> Any:
+    """Return what a forward may decide on without being seen, None for a tensor or number."""
+    if isinstance(value, Tensor | Dim | Ratio):
+        return None
+    if type(value) is tuple:
+        inner = [_structure(v) for v in value]
+        return inner if any(i is not None for i in inner) else None
+    if isinstance(value, list | tuple):
+        return [len(value), *(_structure(v) for v in value)]
+    if isinstance(value, Mapping):
+        return {str(k): _structure(v) for k, v in value.items()}
+    return value
 
 
 def _holds_tensors(value: Any) -> bool:

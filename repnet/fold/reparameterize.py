@@ -15,6 +15,7 @@ from repnet.equivalence import Inputs
 from repnet.fold.core import Built, Folding, Norms, Plan, RefusedError
 from repnet.fold.observe import observe, prepared_copy
 from repnet.fold.proof import Proof
+from repnet.fold.record import VALUES, RecordingError
 from repnet.fold.report import FoldReport
 from repnet.fold.survey import Survey, within
 from repnet.health import norm_health, weight_health
@@ -105,7 +106,7 @@ def reparameterize(
     if method == "graph":
         folded, report = _fold_graph(source, inputs)
     else:
-        survey = observe(source, inputs)
+        survey = _observed(source, inputs)
         folding = _folding(source, survey, norms, edit_only=method == "modules")
         folded, report = _fold(folding, inputs)
     report.method = method
@@ -168,9 +169,17 @@ def _bare(model: nn.Module, device: str | None = None) -> nn.Module:
     return copy
 
 
+def _observed(source: nn.Module, inputs: Inputs, inlined: Any = lambda name: False) -> Survey:
+    """Return what runs of the model say; nothing, if it runs but cannot be observed."""
+    try:
+        return observe(source, inputs, inlined)
+    except RecordingError as error:
+        return Survey(source, [], reason=str(error))
+
+
 def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
     """Record the model as few graphs as possible, and fold these."""
-    survey = observe(source, inputs)
+    survey = _observed(source, inputs)
     stay = {
         name: reason
         for name, frames in survey.frames.items()
@@ -181,10 +190,7 @@ def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldRepor
         for name in survey.hooked
         if name in survey.frames
     }
-    if stay:
-        outer = {o for o in survey.frames for s in stay if within(s, o) and o != s}
-        del outer
-    deep = observe(
+    deep = _observed(
         source, inputs, lambda name: name not in stay and name.rpartition(".")[0] not in stay
     )
     graphs = [n for n in deep.frames if n not in stay and not any(_stays(f) for f in deep.frames[n])]
@@ -200,8 +206,8 @@ def _stays(frame: Any) -> str:
     """Return why no graph can stand for a forward, whatever it decides on sizes."""
     if frame.unclear:
         return str(frame.unclear)
-    if any(any("shape" in i.meta for i in n.all_input_nodes) and n.target is not len
-           for n, _, _ in frame.decisions if n.op != "placeholder"):  # fmt: skip
+    nodes = [d.node for d in frame.decisions]
+    if any(getattr(n.target, "__name__", n.target) in VALUES for n in nodes):
         return "forward depends on values of its input"
     if not frame.rewritable:
         return "it keeps something aside, or takes or returns what a graph cannot"
@@ -211,7 +217,7 @@ def _stays(frame: Any) -> str:
 def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
     """Plan, build and prove until everything that is folded holds."""
     source, survey = folding.source, folding.survey
-    proof = Proof(source, inputs.to(torch.float64))
+    proof = Proof(source, inputs)
     report = FoldReport()
     for _ in range(MOST_ATTEMPTS):
         plan = folding.plan()
@@ -233,6 +239,8 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
     report.folded = [fold for fold, _ in built.folds]
     report.graphs = list(plan.graphs)
     report.skipped = plan.skipped
+    if survey.reason:
+        report.skipped[""] = f"it runs, but not under observation: {survey.reason}"
     report.cast = proof.stored(built)
     if proof.has_values:
         report.health = [
@@ -298,6 +306,8 @@ def _report_norms(report: FoldReport, survey: Survey, folded: nn.Module, plan: P
 
 def why_left(survey: Survey, name: str) -> str:
     """Return why a batch norm remains that nothing took in."""
+    if survey.reason:
+        return "the model runs, but not under observation"
     if name not in survey.modules or not survey.ran(name):
         return "it was not run on the example input"
     return "no convolution before it feeds it alone"

@@ -210,7 +210,7 @@ def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> N
 
 def _guard(graph: fx.Graph, frame: Frame, copied: Mapping[fx.Node, fx.Node]) -> None:
     """Let the graph compare what forward decided on with the values of the recorded run."""
-    decided = [(node, value) for node, value, _ in frame.decisions]
+    decided = [(d.node, d.value) for d in frame.decisions]
     for node in frame.graph.nodes:
         if node.op != "placeholder":
             continue

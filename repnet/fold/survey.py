@@ -62,10 +62,11 @@ class Survey:
     Args:
         model: the model itself.
         runs: of copies of it; the first one has the sizes of the example.
+        reason: why there are none.
     """
 
-    def __init__(self, model: nn.Module, runs: Sequence[Recorder]) -> None:
-        self.model, self.runs = model, runs
+    def __init__(self, model: nn.Module, runs: Sequence[Recorder], reason: str = "") -> None:
+        self.model, self.runs, self.reason = model, runs, reason
         self.modules = dict(model.named_modules())
         self.every_name = dict(model.named_modules(remove_duplicate=False))
         self.frames: dict[str, list[Frame]] = defaultdict(list)
@@ -131,7 +132,7 @@ class Survey:
         """
         if reason := self.distrust(frame):
             raise RecordingError(reason)
-        if not frame.decisions:
+        if not any(d.forced for d in frame.decisions):
             return [frame]
         if frame not in self._paths:
             try:
