@@ -266,6 +266,8 @@ class Folding:
             frame = self.survey.frames[name][0]
             if self.edit_only or not frame.rewritable or name in self.survey.hooked:
                 return False
+            if frame.names_its_dtype():
+                return False
             if self.norms == "keep":
                 branching = any(
                     sum(not i.meta.get("constant") for i in n.all_input_nodes) > 1

@@ -73,6 +73,7 @@ class Chains:
     ) -> None:
         self.survey, self.kernels, self.whole = survey, kernels, set(whole)
         self.taken = {node for region in regions for node in region.nodes}
+        self.rewritten = {region.frame for region in regions}  # what all calls of these do is known
         self.gone = {str(n.target) for n in self.taken if n.op == "call_module"} | self.whole
         self.reasons: dict[str, str] = {}  # by name, why a norm stays
         self._heads: dict[str, Head | None] = {}
@@ -86,7 +87,7 @@ class Chains:
         for name, frames in self.survey.frames.items():
             if self._is_gone(name):
                 continue
-            for frame in frames:
+            for frame in frames[:1] if name in self.rewritten else frames:
                 try:
                     paths = self.survey.paths(frame) if self._matters(frame) else []
                 except RecordingError as error:

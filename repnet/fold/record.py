@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -161,10 +162,20 @@ class Frame:
     def _argument(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
         node = self._placeholder(name, value, default)
         if self.parent is None:
-            value = _map(value, int, lambda n: n if isinstance(n, bool) else Dim(n, self, node))
+            value = self._numbers(value, node)
         if isinstance(value, list | dict):
             self.rewritable = False  # forward may change the container of its caller
         return self.bind(value, node)
+
+    def _numbers(self, value: Any, node: fx.Node) -> Any:
+        """Return an argument of the model with numbers that are followed."""
+        if type(value) in (int, float):
+            return (Dim if type(value) is int else Ratio)(value, self, node)
+        if type(value) is tuple:
+            items = (self._numbers(v, self.call(operator.getitem, (node, n)))
+                     for n, v in enumerate(value))  # fmt: skip
+            return tuple(items)
+        return value
 
     def leave(self, output: Any) -> None:
         """Write down what the forward returns."""
@@ -318,13 +329,23 @@ class Frame:
         order = {node: f"%{n}" for n, node in enumerate(self.graph.nodes)}
 
         def written(value: Any) -> Any:
-            return fx.node.map_aggregate(value, lambda v: order.get(v, v))  # type: ignore[arg-type]
+            if isinstance(value, torch.dtype):
+                return "its own" if value == self.recorder.dtype else value
+            return order.get(value, value) if isinstance(value, fx.Node) else value
 
         found: list[Any] = [
-            (n.op, n.target if n.op != "placeholder" else n.name, repr(written((n.args, n.kwargs))))
+            (n.op, n.target if n.op != "placeholder" else n.name, repr(map_aggregate((n.args, n.kwargs), written)))
             for n in self.graph.nodes
         ]
         return [*found, repr(self.frozen), self.unclear, [d.value for d in self.decisions]]
+
+
+    def names_its_dtype(self) -> bool:
+        """Return whether the graph has the dtype of the model in it, as it was in this run."""
+        found: list[Any] = []
+        for node in self.graph.nodes:
+            map_aggregate((node.args, node.kwargs), found.append)
+        return any(isinstance(v, torch.dtype) and v == self.recorder.dtype for v in found)
 
 
 class _Shape:
@@ -341,7 +362,7 @@ class _Tracked:
     node: fx.Node
 
     def __new__(cls, value: Any, frame: Frame, node: fx.Node) -> Any:
-        self = super().__new__(cls, value)  # type: ignore[call-arg]
+        self = super().__new__(cls, _plain(value))  # type: ignore[call-arg]
         self.frame, self.node = frame, node
         node.meta.setdefault("value", self._plain())
         return self
@@ -459,6 +480,7 @@ class Recorder(TorchFunctionMode):
                 elif isinstance(value, list | tuple | dict) and not key.startswith("_"):
                     for tensor in tensors_in(value):
                         self.constants.setdefault(id(tensor), f"{prefix}{key}.?")
+        self.watched: list[Any] = []  # functions that took a decision and run on
         self.steered: set[str] = set()  # modules whose attributes another one sets
         self.frames: list[Frame] = []  # whose forward is running, the innermost last
         self.calls: dict[str, list[Frame]] = {}
@@ -466,6 +488,12 @@ class Recorder(TorchFunctionMode):
         self.paused = 0
         self.inside_leaf = False
         self.autocast = _autocast()
+        self.dtype = self.dtype_of_model()
+
+    def dtype_of_model(self) -> torch.dtype:
+        """Return the dtype of the first weight, which other runs may change."""
+        found = (t.dtype for t in self.model.parameters() if t.is_floating_point())
+        return next(found, torch.get_default_dtype())
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the model under observation; return its output.
@@ -502,22 +530,26 @@ class Recorder(TorchFunctionMode):
         while caller is not None and caller.f_code.co_filename == __file__:
             caller = caller.f_back
         forward = getattr(type(frame.module).forward, "__code__", None)
-        if caller is None or caller.f_code is forward:
+        if caller is None or caller.f_code is forward or (sys.getprofile() and not self.watched):
             return
-        watched, before = [caller], sys.getprofile()
+        if not self.watched:
+            sys.setprofile(self._returned)
+        self.watched.append((caller, forward, frame, decision))
 
-        def returned(current: Any, event: str, value: Any) -> None:
-            if current is not watched[0] or event != "return":
-                return
+    def _returned(self, current: Any, event: str, value: Any) -> None:
+        """See a function of Python return that took a decision."""
+        if event != "return":
+            return
+        for watch in [w for w in self.watched if w[0] is current]:
+            self.watched.remove(watch)
+            _, forward, frame, decision = watch
             outer = current.f_back
             if isinstance(value, Tensor | None):
                 decision.end = frame.time
             elif outer is not None and outer.f_code is not forward:
-                watched[0] = outer
-                return
-            sys.setprofile(before)
-
-        sys.setprofile(returned)
+                self.watched.append((outer, forward, frame, decision))
+        if not self.watched:
+            sys.setprofile(None)
 
     def mark_escaped(self) -> None:
         """Mark the tensors that are still there, though nobody returned them."""
@@ -550,7 +582,8 @@ class Recorder(TorchFunctionMode):
         if self.inlined(name) and not leaf:
             return original(module, *args, **kwargs)
         with self._pause():
-            node = frame.graph.call_module(name, frame.node(args), frame.node(kwargs))
+            given = _positional(module, args, kwargs)
+            node = frame.graph.call_module(name, frame.node(given[0]), frame.node(given[1]))
             node.meta["time"] = frame.time
             frame.time += 1
             tensors = list(tensors_in((args, kwargs)))
@@ -559,7 +592,8 @@ class Recorder(TorchFunctionMode):
                 self.leaves.setdefault(name, []).append((frame, node))
                 before, self.inside_leaf = self.inside_leaf, True
                 try:
-                    output = original(module, *args, **kwargs)
+                    plain = _map((args, kwargs), Tensor, _same)
+                    output = original(module, *plain[0], **plain[1])
                 finally:
                     self.inside_leaf = before
             else:
@@ -730,7 +764,7 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         nodes = frame.node(args), frame.node(kwargs)
         versions = [_version(t) for t in tensors]
-        output = _run(func, args, kwargs)
+        output = _run(func, _map(args, Tensor, _same), _map(kwargs, Tensor, _same))
         changes = any(_version(t) != v for t, v in zip(tensors, versions, strict=True))
         if not changes and not _holds_tensors(output):
             return output
@@ -800,7 +834,7 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
         recorder = Recorder(frame.module, lambda module, name: True, script=script)
         recorder.names = {m: n for m, n in frame.recorder.names.items()}
         recorder.constants = frame.recorder.constants
-        args, kwargs = _map(frame.inputs, _Shape, _empty)
+        args, kwargs = _map(frame.inputs, _Shape, lambda shape: _empty(shape, frame.recorder))
         try:
             with torch.no_grad(), torch.device("meta"):
                 recorder.run(args, kwargs)
@@ -817,8 +851,9 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
     return frames
 
 
-def _empty(shape: _Shape) -> Tensor:
-    return torch.empty(shape.shape, dtype=shape.dtype, device="meta")
+def _empty(shape: _Shape, recorder: Recorder) -> Tensor:
+    dtype = recorder.dtype_of_model() if shape.dtype.is_floating_point else shape.dtype
+    return torch.empty(shape.shape, dtype=dtype, device="meta")
 
 
 @cache
@@ -840,6 +875,20 @@ def _signature(module: nn.Module) -> tuple[list[inspect.Parameter], frozenset[st
         return _signature_of(own)
     parameters, read = _signature_of(type(module).forward)
     return parameters[1:], read
+
+
+def _positional(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with as few keywords as possible."""
+    if not kwargs:
+        return args, kwargs
+    rest = dict(kwargs)
+    for parameter in _signature(module)[0][len(args) :]:
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name not in rest:
+            break
+        args = (*args, rest.pop(parameter.name))
+    return args, rest
 
 
 def _state(module: nn.Module) -> dict[str, int]:
@@ -901,14 +950,20 @@ def _holds_tensors(value: Any) -> bool:
     return next(tensors_in(value), None) is not None
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Return plain containers with `function` of what is of a kind."""
+    """Return containers with `function` of what is of a kind, and with plain numbers."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, Dim | Ratio):
         return value._plain()
-    if type(value) in (tuple, list):
-        return type(value)(_map(v, kind, function) for v in value)
     if type(value) is dict:
         return {k: _map(v, kind, function) for k, v in value.items()}
+    if type(value) in (tuple, list, torch.Size):
+        items = [_map(v, kind, function) for v in value]
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            return type(value)(items)
     return value

@@ -32,11 +32,13 @@ class Region:
         root: a node outside.
         nodes: in order; the last one has the result.
         name: of the convolution, in the model.
+        frame: name of the module whose forward it is.
     """
 
     root: fx.Node
     nodes: tuple[fx.Node, ...]
     name: str
+    frame: str
 
     @property
     def end(self) -> fx.Node:
@@ -113,7 +115,8 @@ class Regions:
     """
 
     def __init__(self, frame: Frame, kernels: Kernels, wanted: Any) -> None:
-        self.graph, self.kernels, self.wanted = frame.graph, kernels, wanted
+        self.graph, self.frame = frame.graph, frame.name
+        self.kernels, self.wanted = kernels, wanted
         self.refused: dict[str, str] = {}  # reason by name of a layer, where a kernel would grow
 
     def find(self) -> list[Region]:
@@ -130,7 +133,7 @@ class Regions:
                 nodes = self._between(root, node)
                 if taken & set(nodes) or not self._is_better(root, nodes, kernel):
                     continue
-                region = Region(root, nodes, self._name(nodes))
+                region = Region(root, nodes, self._name(nodes), self.frame)
                 if self.wanted(region):
                     taken |= set(nodes)
                     regions.append(region)
@@ -204,7 +207,7 @@ class Regions:
             return False
         if isinstance(layer, nn.Sequential) and len(nodes) <= len(layer):
             return False  # a padding and a convolution already
-        region = Region(root, nodes, "")
+        region = Region(root, nodes, "", self.frame)
         size = sum({id(t): t.numel() for t in tensors_of(region, self.kernels).values()}.values())
         new_size = weight.numel() + (0 if kernel.bias is None else kernel.bias.numel())
         cost = sum(self.kernels.multiplications(n) for n in nodes)
