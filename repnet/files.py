@@ -1,14 +1,28 @@
-"""Writing files so that a reader finds the old one or the whole new one, never half of it."""
+"""Writing files so that a reader finds the old one or the whole new one, never half of it.
+
+A file is written in a directory `.NAME.RANDOM.tmp` beside its place, and moved there when it is
+whole. It is a directory because safetensors makes a temporary file of its own beside the one that
+it writes. For as long as the writer lives, it holds a lock on `.NAME.RANDOM.writer`, which the
+operating system frees when the process dies. A process number in the name would say nothing about
+writers in other containers or on other machines, and may be used again. `sweep_leftovers` removes
+what has a free lock.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+NEW, OLD = "new", "old"  # of `replace_directory`
 
 
 def write_atomically(
@@ -22,9 +36,8 @@ def write_atomically(
         check: opens the written file again and raises if it is not right.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with reserve(path) as directory:
+        temporary = directory / path.name
         write(temporary)
         temporary.chmod(0o644)  # some writers make private files
         with temporary.open("rb+") as file:
@@ -32,14 +45,106 @@ def write_atomically(
         if check is not None:
             check(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            os.fsync(descriptor)
         finally:
-            os.close(directory)
+            os.close(descriptor)
+
+
+@contextmanager
+def reserve(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside `path` for what is to take its place; remove it afterwards.
+
+    What killed writers of the same `path` have left is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_leftovers(path.parent, path.name)
+    descriptor, lock = _new_lock(path)
+    directory = lock.with_suffix(".tmp")
+    try:
+        directory.mkdir()
+        yield directory
+    finally:
+        os.close(descriptor)
+        _clean_up(directory)
+
+
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Let the directory `NEW` in `temporary` take the place of `target`, which moves to `OLD`.
+
+    If it fails, `target` is as it was; if the process dies halfway, `sweep_leftovers` puts it back.
+
+    Args:
+        temporary: from `reserve`.
+        target: beside `temporary`.
+    """
+    (temporary / OLD).mkdir()
+    try:
+        if target.exists():
+            target.rename(temporary / OLD / target.name)
+        (temporary / NEW).rename(target)
+    except OSError:
+        _put_back(temporary)
+        raise
+
+
+def sweep_leftovers(directory: str | Path, name: str | None = None) -> None:
+    """Remove what killed processes were writing to `directory`.
+
+    What a live process writes stays, and so does everything on file systems without locks.
+
+    Args:
+        directory: need not exist.
+        name: of the file or directory that they wrote; None for all.
+    """
+    what = "*" if name is None else glob.escape(name)
+    for lock in Path(directory).glob(f".{what}.{'?' * 8}.writer"):
+        with suppress(OSError), lock.open("rb+") as file:  # another process may have removed it
+            if lock_file(file):
+                _clean_up(lock.with_suffix(".tmp"))
+
+
+def lock_file(file: IO[Any] | int, *, wait: bool = False) -> bool:
+    """Return whether this process has the file now; the system frees it when the process dies."""
+    if os.name != "posix":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _new_lock(path: Path) -> tuple[int, Path]:
+    """Return a descriptor that holds a lock, and its file, beside `path`."""
+    while True:
+        descriptor, name = tempfile.mkstemp(".writer", f".{path.name}.", path.parent)
+        lock_file(descriptor, wait=True)
+        if Path(name).exists():
+            return descriptor, Path(name)
+        os.close(descriptor)  # a sweep found it before it was locked
+
+
+def _clean_up(temporary: Path) -> None:
+    _put_back(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if not temporary.exists():  # else the next sweep tries again
+        temporary.with_suffix(".writer").unlink(missing_ok=True)
+
+
+def _put_back(temporary: Path) -> None:
+    """Undo `replace_directory` if it was broken off halfway."""
+    if (temporary / NEW).exists():
+        for old in (temporary / OLD).glob("*"):
+            target = temporary.parent / old.name
+            if target.is_dir() and not any(target.iterdir()):  # Hydra makes it before a job
+                target.rmdir()
+            if not target.exists():
+                old.rename(target)
 
 
 def write_text(path: str | Path, text: str) -> None:

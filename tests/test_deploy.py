@@ -22,7 +22,9 @@ import repnet
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.pipeline import Settings, VerificationError, deploy
 from repnet.errors import InputError
-from tests.commands import environment, run
+from repnet.files import write_text
+from tests.commands import ROOT, environment, run
+from tests.kills import KILLED, killed
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,26 @@ def test_nothing_is_overwritten_unasked(checkpoint: Path, tmp_path: Path) -> Non
     assert (directory / "report.json").read_bytes() == before
     deploy(checkpoint, directory, Settings(overwrite=True, split="val"))
     assert json.loads((directory / "report.json").read_text())["samples"] == 180
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+def test_a_deployment_that_was_killed_loses_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    deploy(checkpoint, directory, Settings(latency_runs=1))
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    # Between two renames: of the old directory, and of the new one.
+    run("tests/kills.py", "whole", "out", ROOT / "deploy.py", f"ckpt={checkpoint}",
+        f"hydra.run.dir={directory}", "deploy.overwrite=true", cwd=tmp_path,
+        code=KILLED)  # fmt: skip
+    assert not directory.exists()
+    directory.mkdir()  # as Hydra does before a job
+    with pytest.raises(InputError, match="deploy.overwrite=true"):
+        deploy(checkpoint, directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert killed("half", directory / "README.md", lambda path: write_text(path, "some")) == KILLED
+    deploy(checkpoint, directory, Settings(latency_runs=1, overwrite=True))
+    assert {path.name for path in directory.iterdir()} == set(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 

@@ -29,6 +29,8 @@ from repnet.data.__main__ import _bytes, main
 from repnet.data.decoding import decode
 from repnet.data.pack import Encoding, pack
 from repnet.errors import InputError
+from repnet.files import write_text
+from tests.kills import KILLED, STAGES, killed
 
 CLASSES = ["cat", "dög", "fox.2"]
 
@@ -172,6 +174,25 @@ def test_packing_goes_on_where_it_was_stopped(
     shutil.copy(target / "train-000000.tar", wrong)
     with pytest.raises(InputError, match="holds other images"):
         pack(folder, target, Encoding(40), shard_bytes=10_000)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+def test_packing_goes_on_where_it_was_killed(folder: Path, packed: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def write(path: Path) -> None:
+        pack(folder, target, Encoding(40), shard_bytes=10_000, workers=2)
+
+    for name in ("pack.json", "train-000001.tar", "index.json"):
+        for stage in STAGES:
+            assert killed(stage, target / name, write) == KILLED
+            assert any(target.glob(f".{name}.*")) == (stage != "before")
+    # Of a file that is not written again.
+    assert killed("half", target / "pack.json", lambda path: write_text(path, "some")) == KILLED
+    write(target)
+    assert contents(target) == contents(packed)
+    assert {path.name for path in target.iterdir()} == {path.name for path in packed.iterdir()}
+    assert (target / "index.json").read_bytes() == (packed / "index.json").read_bytes()
 
 
 def test_packing_refuses(folder: Path, packed: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
+from repnet.files import sweep_leftovers
+
 
 class LastCheckpoint(Checkpoint):
     """Overwrite one checkpoint after every epoch and, within it, every so often.
@@ -37,8 +39,7 @@ class LastCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage == "fit":
-            for rest in Path(self.path).parent.glob(".*.ckpt.*.tmp"):  # of a killed process
-                rest.unlink(missing_ok=True)
+            sweep_leftovers(Path(self.path).parent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step, self.saved_at = trainer.global_step, time.monotonic()

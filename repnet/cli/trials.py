@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import read_write
 
 from repnet.errors import InputError
+from repnet.files import lock_file
 
 STARTING = ("sweep=", "+sweep=", "trust=")
 RECORD = "job.json"  # the overrides of a job, written when it starts
@@ -156,16 +157,8 @@ def _flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Return whether this process has the file now; the system frees it when the process dies."""
-    if os.name != "posix":
-        return True  # without a lock equal values drawn at the same time meet in one directory
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    # Without locks, equal values that are drawn at the same time meet in one directory.
+    return os.name != "posix" or lock_file(file)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

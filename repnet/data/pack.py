@@ -22,7 +22,7 @@ from repnet.data.decoding import open_rgb
 from repnet.data.folder import Listing, check_classes, printable, scan
 from repnet.data.shards import FORMAT, INDEX, Shard, scan_tar, tar_keys
 from repnet.errors import InputError
-from repnet.files import sha256, write_atomically, write_text
+from repnet.files import sha256, sweep_leftovers, write_atomically, write_text
 
 PLAN = "pack.json"
 
@@ -119,6 +119,7 @@ def pack(
                 + (f", nor have {more} more images" if more else "")
                 + "; replace them, or pass --skip-corrupt"
             )
+    sweep_leftovers(target)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         packer = _Packer(target, encoding, pool, skip_corrupt)
         lengths = packer.plan(listings, shard_bytes)

@@ -31,7 +31,7 @@ from repnet.deploy.latency import measure_latency
 from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.report import write_html
 from repnet.deploy.settings import Int8, Settings
-from repnet.deploy.staging import Stage, check_target
+from repnet.deploy.staging import Stage, check_target, sweep_target
 from repnet.deploy.structure import check_structure
 from repnet.equivalence import FoldMismatchError
 from repnet.errors import InputError
@@ -71,6 +71,7 @@ def deploy(
     started = time.perf_counter()
     directory = Path(directory)
     settings.check()
+    sweep_target(directory)
     check_target(directory, settings.overwrite)
     path = find_checkpoint(checkpoint)
     contents = choose_weights(read_checkpoint(path), path, settings.weights)
@@ -105,7 +106,7 @@ def deploy(
             for export in report["exports"]:
                 export |= {"files": [], "bytes": None, "sha256": None}
             if (directory / DESCRIPTION).exists():  # the verified model stays
-                stage.directory = directory.with_name(f"{directory.name}.refused")
+                stage.directory = stage.directory.with_name(f"{stage.directory.name}.refused")
         else:
             exports = [export for export in report["exports"] if export["verified"]]
             stage.keep([file for export in exports for file in export["files"]])

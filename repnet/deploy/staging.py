@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Collection
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from repnet.deploy.artifact import DESCRIPTION, WEIGHTS
 from repnet.errors import InputError
+from repnet.files import NEW, replace_directory, reserve, sweep_leftovers
 
 REPORTS = ("report.json", "report.html")  # of an earlier refusal: nothing to lose
 CARD = "README.md"  # of `repnet.hub`
+
+
+def sweep_target(directory: Path) -> None:
+    """Remove what killed deployments to `directory` have left in it and beside it."""
+    directory = directory.resolve()
+    sweep_leftovers(directory)
+    sweep_leftovers(directory.parent, directory.name)
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
@@ -62,13 +71,13 @@ class Stage:
         self.overwrite = overwrite
 
     def __enter__(self) -> Stage:
-        parent = self.directory.absolute().parent
+        target = self.directory.absolute()
+        self._reserved = ExitStack()
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.", dir=parent))
+            self.path = self._reserved.enter_context(reserve(target)) / NEW
+            self.path.mkdir()
         except OSError as error:
-            raise InputError(f"cannot write to '{parent}': {error}") from error
-        self.path.chmod(0o755)  # mkdtemp makes it private
+            raise InputError(f"cannot write to '{target.parent}': {error}") from error
         return self
 
     def keep(self, files: Collection[str]) -> None:
@@ -81,16 +90,21 @@ class Stage:
                 path.unlink()
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
-        self._avoid_what_came_since()
-        try:
-            self._take_its_place()
-        except OSError as error:
-            raise InputError(
-                f"cannot replace '{self.directory}' ({error}); the result is in '{self.path}'"
-            ) from error
+        with self._reserved:
+            if kind is not None:
+                return
+            self._avoid_what_came_since()
+            try:
+                if (self.directory / CARD).is_file():  # may have been written by hand
+                    shutil.copy2(self.directory / CARD, self.path / CARD)
+                replace_directory(self.path.parent, self.directory)
+            except OSError as error:
+                others = (self.directory.with_name(f"{self.directory.name}.{n}") for n in count(2))
+                kept = next(path for path in others if not path.exists())
+                self.path.rename(kept)
+                raise InputError(
+                    f"cannot replace '{self.directory}' ({error}); the result is in '{kept}'"
+                ) from error
 
     def _avoid_what_came_since(self) -> None:
         """Choose a free name beside a directory that holds what must not be replaced."""
@@ -101,19 +115,3 @@ class Stage:
             except InputError:
                 number += 1
                 self.directory = wanted.with_name(f"{wanted.name}.{number}")
-
-    def _take_its_place(self) -> None:
-        old = None
-        if self.directory.exists():
-            if (self.directory / CARD).is_file():  # may have been written by hand
-                shutil.copy2(self.directory / CARD, self.path / CARD)
-            old = self.path.with_name(f"{self.path.name}.old")
-            self.directory.rename(old)
-        try:
-            self.path.rename(self.directory)
-        except OSError:
-            if old is not None:
-                old.rename(self.directory)
-            raise
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)  # the result is in place

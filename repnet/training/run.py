@@ -39,7 +39,7 @@ from repnet.checkpoint import describe, find_valid_checkpoint, load_network, rea
 from repnet.complexity import count_parameters
 from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
-from repnet.files import write_text
+from repnet.files import sweep_leftovers, write_text
 from repnet.spec import DATA_PACKAGES, MODEL_PACKAGES, build
 from repnet.training.announcement import ParameterTable
 from repnet.training.assembly import build_classifier, build_model, images_per_step
@@ -138,6 +138,8 @@ def train(
     checkpoints = directory / "checkpoints"
     last = checkpoints / "last.ckpt"
     main_process = is_main_process()
+    if main_process:
+        sweep_leftovers(directory)
     start: Path | None = None  # the checkpoint to continue from
     if resume and any(checkpoints.glob("*.ckpt")):
         start, problem = find_valid_checkpoint(checkpoints)
