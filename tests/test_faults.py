@@ -1135,7 +1135,7 @@ def meshed(y: Tensor) -> Tensor:
 
 SIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "pooling": lambda y: y * functional.avg_pool2d(y, kernel_size=list(y.shape[2:])),
-    "pooling, one side": lambda y: functional.avg_pool2d(y, kernel_size=y.size(3) // 2),
+    "pooling, one side": lambda y: functional.avg_pool2d(y, kernel_size=(2, y.size(3) // 2)),
     "interpolate": lambda y: functional.interpolate(functional.max_pool2d(y, 2), y.shape[2:]),
     "interpolate, two numbers": lambda y: functional.interpolate(
         functional.max_pool2d(y, 2), size=(y.shape[2], y.shape[3]), mode="bilinear"

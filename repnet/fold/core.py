@@ -65,11 +65,13 @@ class Built:
     Args:
         model: the folded copy.
         folds: what was done, each with the module after which both forms have the same tensor.
+        graphs: names of the modules that are graphs.
         made: the new layers, each with the name of its fold and the dtype that it is stored in.
     """
 
     model: nn.Module
     folds: list[tuple[Fold, str]]
+    graphs: list[str]
     made: list[tuple[str, nn.Module, torch.dtype]]
 
 
@@ -227,6 +229,8 @@ class Folding:
     def _regions(self, name: str) -> list[Region]:
         """Plan the regions of one forward."""
         frame = self.survey.frames[name][0]
+        if name in self.excluded:
+            return []
         if not (self.survey.is_uniform(name) or self._is_forced(name)):
             return []
         finder = Regions(frame, self.sketch, lambda region: self._wants(name, region))
@@ -346,7 +350,7 @@ class Folding:
                 model = graph_of(model, self.survey, frame, layers[name], guarded=guarded)
         order = {name: n for n, name in enumerate(self.survey.modules)}
         folds.sort(key=lambda item: order.get(item[0].name, len(order)))
-        return Built(model, folds, made)
+        return Built(model, folds, list(plan.graphs), made)
 
     def _build_whole(self, name: str, plan: Plan, put: Any, folds: list[Any]) -> None:
         links = plan.chains.get(name, ())

@@ -18,7 +18,7 @@ from repnet.symbolic import twin
 
 
 def observe(
-    model: nn.Module, inputs: Inputs, inlined: Callable[[str], bool] = lambda name: False
+    model: nn.Module, inputs: Inputs, inlined: Callable[[str], bool] | None = None
 ) -> Survey:
     """Return what runs of a model say about its modules.
 
@@ -27,7 +27,7 @@ def observe(
     Args:
         model: not changed.
         inputs: of `forward`, in the dtype of the model.
-        inlined: names of modules that are written into the frame of their caller.
+        inlined: names of modules that are written into the frame of their caller, for a graph.
 
     Raises:
         RecordingError: the model cannot run on these inputs, or not under observation.
@@ -66,12 +66,13 @@ def without_values(value: Any) -> Any:
 def _run(
     copy: nn.Module,
     inputs: Inputs,
-    inlined: Callable[[str], bool],
+    inlined: Callable[[str], bool] | None,
     mode: AbstractContextManager[Any],
     *,
     keeps: bool = True,
 ) -> Recorder:
-    recorder = Recorder(copy, is_opaque, inlined)
+    numbers = inlined is None
+    recorder = Recorder(copy, is_opaque, inlined or (lambda name: False), follow_numbers=numbers)
     meta = any(t.is_meta for t in (*copy.parameters(), *copy.buffers()))
     given: Any = tree_map(_clone, (inputs.args, inputs.kwargs or {}))
     with mode, torch.device("meta") if meta else nullcontext(), torch.random.fork_rng(devices=[]):
@@ -83,13 +84,14 @@ def _run(
 
 
 def _second(
-    copy: nn.Module, inputs: Inputs, inlined: Callable[[str], bool], *, meta: bool
+    copy: nn.Module, inputs: Inputs, inlined: Callable[[str], bool] | None, *, meta: bool
 ) -> list[Recorder]:
     """Return a run on other sizes, in another dtype and with gradients, as far as that is possible.
 
     A graph of the autograd engine keeps tensors, so that what a forward keeps is not seen here.
     """
-    for other, complete in _varied(inputs):
+    same = [(inputs, True)] if inlined is not None else []  # a graph may be of one size
+    for other, complete in [*same, *_varied(inputs)]:
         if meta:
             try:
                 floating = [t.dtype for t in copy.parameters() if t.is_floating_point()]

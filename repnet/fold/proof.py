@@ -103,9 +103,11 @@ class Proof:
             if wrong:
                 return found, wrong
             error_of_rest = found.rest_error if found.blocks else found.max_relative_error
-            if error_of_rest <= outputs or not built.folds:
+            if error_of_rest <= outputs:
                 return found, {}
-        names = list(dict.fromkeys(fold.name for fold, _ in built.folds))
+        names = list(dict.fromkeys([*(fold.name for fold, _ in built.folds), *built.graphs]))
+        if not names:
+            return found, {}
         return found, {self._first_wrong(names, rebuild): f"put back: {message}"}
 
     def _first_wrong(self, names: list[str], rebuild: Callable[[set[str]], Built]) -> str:

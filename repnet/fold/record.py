@@ -22,7 +22,6 @@ no graph shows, and is marked as escaped.
 
 from __future__ import annotations
 
-import builtins
 import dis
 import inspect
 import math
@@ -38,7 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import has_side_effect, map_aggregate
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -54,6 +53,8 @@ RANDOM = {
     "bernoulli", "bernoulli_", "dropout", "multinomial", "normal", "normal_", "rand", "rand_like",
     "randint", "randint_like", "randn", "randn_like", "randperm", "uniform_",
 }  # fmt: skip
+_MATH = {n: getattr(math, n) for n in ("sqrt", "log", "log2", "exp", "floor", "ceil")}
+_MISSING = object()
 MOST_PATHS = 32  # through one forward, in an exploration
 MOST_DECISIONS = 12
 
@@ -155,13 +156,13 @@ class Frame:
         node = self.graph.placeholder(name) if not default else self.graph.create_node(
             "placeholder", name, default
         )  # fmt: skip
-        if isinstance(value, int | float | str | bool | None):
+        if _is_plain(value):
             node.meta["value"] = value
         return node
 
     def _argument(self, name: str, value: Any, default: Any = inspect.Parameter.empty) -> Any:
         node = self._placeholder(name, value, default)
-        if self.parent is None:
+        if self.parent is None and self.recorder.follow_numbers:
             value = self._numbers(value, node)
         if isinstance(value, list | dict):
             self.rewritable = False  # forward may change the container of its caller
@@ -458,6 +459,7 @@ class Recorder(TorchFunctionMode):
         opaque: whether a module is called as a whole.
         inlined: whether what a module does is written into the frame of its caller.
         script: what the first frame is to decide, in order; None to let it decide.
+        follow_numbers: whether numbers that the model is given are followed like sizes.
     """
 
     def __init__(
@@ -466,8 +468,10 @@ class Recorder(TorchFunctionMode):
         opaque: Callable[[nn.Module, str], bool],
         inlined: Callable[[str], bool] = lambda name: False,
         script: Sequence[Any] | None = None,
+        follow_numbers: bool = True,
     ) -> None:
         super().__init__()
+        self.follow_numbers = follow_numbers
         self.model, self.opaque, self.inlined, self.script = model, opaque, inlined, script
         self.names = {module: name for name, module in model.named_modules()}
         self.constants: dict[int, str] = {}
@@ -515,7 +519,7 @@ class Recorder(TorchFunctionMode):
         nn.Module.__call__ = called  # type: ignore[method-assign]
         nn.Module.__setattr__ = set_noted  # type: ignore[method-assign,assignment]
         try:
-            with self, _sizes_followed():
+            with self, _sizes_followed(self.model):
                 return self.model(*args, **kwargs)
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
@@ -770,7 +774,13 @@ class Recorder(TorchFunctionMode):
             return output
         node = frame.graph.create_node(*_target(func), *nodes)
         node.meta["constant"] = func.__name__ not in RANDOM and _is_constant(node)
-        return self._result(frame, node, output, tensors, versions)
+        found = self._result(frame, node, output, tensors, versions)
+        dim = args[1] if func.__name__ == "unbind" and len(args) > 1 else kwargs.get("dim", 0)
+        if func.__name__ == "split" and len(args) > 1:
+            dim = 1 if not isinstance(args[1], int) else args[2] if len(args) > 2 else dim
+        if func.__name__ == "unbind" or (func.__name__ == "split" and dim != 1):
+            frame.decide(frame.call(len, (node,)), len(output), forced=False)
+        return found
 
 
 def _length(tensor: Tensor) -> int:
@@ -778,33 +788,54 @@ def _length(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _sizes_followed() -> Iterator[None]:
-    """Let functions of Python that would make plain numbers of sizes take part in the recording."""
-    originals: list[tuple[Any, str, Any]] = []
+def _sizes_followed(model: nn.Module) -> Iterator[None]:
+    """Let `len`, `range` and `math` follow sizes where the forwards of a model look them up.
 
-    def patch(namespace: Any, name: str, function: Any) -> None:
-        originals.append((namespace, name, getattr(namespace, name)))
-        setattr(namespace, name, function)
-
-    def length(value: Any) -> Any:
-        return value.shape[0] if isinstance(value, Tensor) and value.ndim else count(value)
-
-    def steps(*limits: Any) -> range:
-        for limit in limits:
-            if isinstance(limit, Dim):
-                limit.frame.decide(limit.node, limit._plain(), forced=False)
-        return numbers(*limits)
-
-    count, numbers = len, range
-    patch(builtins, "len", length)
-    patch(builtins, "range", steps)
-    for name in ("sqrt", "log", "log2", "exp", "floor", "ceil"):
-        patch(math, name, _followed(getattr(math, name)))
+    They would make plain numbers of them. Only the modules of Python that define the forwards are
+    changed, and torch's are not.
+    """
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    namespaces = {}
+    for module in model.modules():
+        names = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+        if not str(names.get("__name__", "torch")).startswith("torch."):
+            namespaces[id(names)] = names
+    for names in namespaces.values():
+        found = {"len": _len, "range": _range}
+        for name, value in names.items():
+            if value is math:
+                found[name] = _Math()
+            elif any(value is function for function in _MATH.values()):
+                found[name] = _followed(value)
+        for name, value in found.items():
+            changed.append((names, name, names.get(name, _MISSING)))
+            names[name] = value
     try:
         yield
     finally:
-        for namespace, name, function in originals:
-            setattr(namespace, name, function)
+        for names, name, value in changed:
+            if value is _MISSING:
+                del names[name]
+            else:
+                names[name] = value
+
+
+def _len(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, Tensor) and value.ndim else len(value)
+
+
+def _range(*limits: Any) -> range:
+    for limit in limits:
+        if isinstance(limit, Dim):
+            limit.frame.decide(limit.node, limit._plain(), forced=False)
+    return range(*limits)
+
+
+class _Math:
+    """The module `math`, whose functions follow sizes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _followed(_MATH[name]) if name in _MATH else getattr(math, name)
 
 
 def _followed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -901,6 +932,13 @@ def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return func(*args, **kwargs)
 
 
+@has_side_effect
+def set_items(tensor: Any, index: Any, value: Any) -> Any:
+    """Assign to a part of a tensor; return the tensor."""
+    tensor[index] = value
+    return tensor
+
+
 def _target(func: Any) -> tuple[str, Any]:
     """Return operation and target of a node that calls `func`."""
     name = func.__name__
@@ -909,6 +947,8 @@ def _target(func: Any) -> tuple[str, Any]:
     if method is func or (qualified.startswith("Tensor") and method is not None):
         if name == "__getitem__":
             return "call_function", operator.getitem
+        if name == "__setitem__":
+            return "call_function", set_items
         return "call_method", name
     return "call_function", func
 
@@ -930,6 +970,12 @@ def _storage(tensor: Tensor) -> int | None:
 
 def _autocast() -> tuple[bool, bool]:
     return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, int | float | str | bool | None)
 
 
 def _structure(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -15,7 +16,7 @@ from repnet.equivalence import Inputs
 from repnet.fold.core import Built, Folding, Norms, Plan, RefusedError
 from repnet.fold.observe import observe, prepared_copy
 from repnet.fold.proof import Proof
-from repnet.fold.record import VALUES, RecordingError
+from repnet.fold.record import VALUES, Frame, RecordingError
 from repnet.fold.report import FoldReport
 from repnet.fold.survey import Survey, within
 from repnet.health import norm_health, weight_health
@@ -169,7 +170,7 @@ def _bare(model: nn.Module, device: str | None = None) -> nn.Module:
     return copy
 
 
-def _observed(source: nn.Module, inputs: Inputs, inlined: Any = lambda name: False) -> Survey:
+def _observed(source: nn.Module, inputs: Inputs, inlined: Any = None) -> Survey:
     """Return what runs of the model say; nothing, if it runs but cannot be observed."""
     try:
         return observe(source, inputs, inlined)
@@ -185,24 +186,47 @@ def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldRepor
         for name, frames in survey.frames.items()
         if (reason := next((r for f in frames if (r := _stays(f))), ""))
     }
-    stay |= {
-        name: "it has a forward hook, and so stays a module"
-        for name in survey.hooked
-        if name in survey.frames
-    }
-    deep = _observed(
-        source, inputs, lambda name: name not in stay and name.rpartition(".")[0] not in stay
-    )
-    graphs = [n for n in deep.frames if n not in stay and not any(_stays(f) for f in deep.frames[n])]
-    folding = _folding(source, deep, graphs=graphs)
-    folded, report = _fold(folding, inputs)
+    for name in survey.hooked & survey.frames.keys():
+        stay[name] = "it has a forward hook, and so stays a module"
+    while True:
+        deep = _observed(
+            source, inputs, lambda name: name not in stay and _home(name, survey) not in stay
+        )
+        graphs = [name for name in deep.frames if name not in stay]
+        folding = _folding(source, deep, graphs=graphs)
+        wrong = {n: r for n in graphs if (r := _differs(deep.frames[n]))}
+        if not wrong:
+            folded, report = _fold(folding, inputs)
+            wrong = {n: r for n, r in folding.excluded.items() if n in graphs}
+        if not wrong:
+            break
+        stay |= wrong
     for name, reason in stay.items():
         report.skipped.setdefault(name, f"its forward cannot be recorded: {reason}")
     report.checks = sum(len(deep.frames[n][0].decisions) for n in graphs)
     return folded, report
 
 
-def _stays(frame: Any) -> str:
+def _home(name: str, survey: Survey) -> str:
+    """Return the innermost module around another one that was called."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in survey.frames:
+            break
+    return name
+
+
+def _differs(frames: Sequence[Frame]) -> str:
+    """Return why no graph can stand for the calls of a module; "" if one can."""
+    if reason := next((r for f in frames if (r := _stays(f))), ""):
+        return reason
+    same = frames[1:2]  # on the same sizes
+    if same and same[0].signature() != frames[0].signature():
+        return "it does something else where gradients or another dtype are wanted"
+    return ""
+
+
+def _stays(frame: Frame) -> str:
     """Return why no graph can stand for a forward, whatever it decides on sizes."""
     if frame.unclear:
         return str(frame.unclear)
@@ -259,7 +283,7 @@ def _subset(folding: Folding, plan: Plan, names: set[str]) -> Built:
             {
                 g: [r for r in regions if r.name in names]
                 for g, regions in plan.graphs.items()
-                if folding.forced is not None or any(r.name in names for r in regions)
+                if g in names or any(r.name in names for r in regions)
             },
             [r for r in plan.rows if r.name in names],
             {n: c for n, c in plan.chains.items() if n in names},

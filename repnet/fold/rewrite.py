@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from repnet.fold.record import Frame
@@ -90,6 +90,7 @@ def graph_of(
             graph.erase_node(copied[node])
             if node.op == "call_module":
                 gone.add(_relative(frame.name, str(node.target)))
+        copied[region.end] = call  # another region may begin there
     for node in without:
         copied[node].replace_all_uses_with(copied[node.args[0]])  # type: ignore[index]
         graph.erase_node(copied[node])
@@ -105,8 +106,7 @@ def graph_of(
     for name, child in home.named_children():
         if name not in built._modules and name not in gone and name not in added:
             built.add_module(name, child)  # others may read it
-    built.training = home.training and not original.training
-    built.train(False)
+    built.training = False
     alone = [n for n in built.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     new: nn.Module = built
     if without and not guarded and len(alone) <= 1 and len(_inputs(built.graph)) == 1:
@@ -202,7 +202,7 @@ def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> N
         if idle:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         pure = node.op in ("call_function", "call_method") and not (
-            node.meta.get("in_place") or node.target is same_as_recorded
+            node.meta.get("in_place") or node.target in (same_as_recorded, tensor_as_recorded)
         )
         if not node.users and (idle or pure or node.op == "get_attr"):
             graph.erase_node(node)
@@ -217,18 +217,13 @@ def _guard(graph: fx.Graph, frame: Frame, copied: Mapping[fx.Node, fx.Node]) -> 
         if node.name in frame.frozen and "value" in node.meta:
             decided.append((node, node.meta["value"]))
         elif "shape" in node.meta:
-            with graph.inserting_after(_last_placeholder(graph)):
-                dimensions = graph.call_function(getattr, (copied[node], "ndim"))
-            with graph.inserting_after(dimensions):
-                graph.call_function(same_as_recorded, (dimensions, len(node.meta["shape"])))
+            kind = (len(node.meta["shape"]), node.meta["dtype"].is_floating_point)
+            with graph.inserting_after(_inputs(graph)[-1]):
+                graph.call_function(tensor_as_recorded, (copied[node], *kind))
     for node, value in decided:
-        where = _last_placeholder(graph) if node.op == "placeholder" else copied[node]
+        where = _inputs(graph)[-1] if node.op == "placeholder" else copied[node]
         with graph.inserting_after(where):
             graph.call_function(same_as_recorded, (copied[node], value))
-
-
-def _last_placeholder(graph: fx.Graph) -> fx.Node:
-    return _inputs(graph)[-1]
 
 
 @has_side_effect
@@ -238,10 +233,35 @@ def same_as_recorded(value: Any, recorded: Any) -> None:
     Raises:
         ValueError: it is another one, and so forward may take another way.
     """
-    if isinstance(value, fx.Proxy):  # fx traces a pickled graph when it is read
-        value.tracer.create_proxy("call_function", same_as_recorded, (value, recorded), {})
+    if isinstance(value, fx.Proxy):
+        _traced(value, same_as_recorded, (value, recorded))
     elif value is not recorded and value != recorded:
         raise ValueError(
             f"this graph was recorded where a value is {recorded}, and here it is {value}, on "
             "which its forward branches; record it again with an example of this kind"
         )
+
+
+@has_side_effect
+def tensor_as_recorded(value: Any, dimensions: int, is_floating_point: bool) -> None:
+    """Do nothing if an argument is a tensor of the recorded kind.
+
+    Raises:
+        ValueError: it is something else, and so forward may take another way.
+    """
+    if isinstance(value, fx.Proxy):
+        _traced(value, tensor_as_recorded, (value, dimensions, is_floating_point))
+        return
+    kind = (value.ndim, value.is_floating_point()) if isinstance(value, Tensor) else type(value)
+    if kind != (dimensions, is_floating_point):
+        number = "floating-point" if is_floating_point else "integer"
+        raise ValueError(
+            f"this graph was recorded with a {number} tensor of {dimensions} dimensions, and not "
+            f"with {'another kind of tensor' if isinstance(value, Tensor) else value}; record it "
+            "again with an example of this kind"
+        )
+
+
+def _traced(value: fx.Proxy, function: Any, arguments: tuple[Any, ...]) -> None:
+    """Put a check into the graph that fx traces where a pickled graph is read."""
+    value.tracer.create_proxy("call_function", function, arguments, {})
