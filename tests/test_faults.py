@@ -239,10 +239,11 @@ DECISIONS = {
         ((X, (9, 7)), (OTHER[0], (4, 4))),
     ),
     "number of repetitions": Fault(
-        lambda: pair(repeated), (X, 1), ((OTHER[0], 1),), ((X, 3), (X, 0))
+        lambda: pair(repeated), (X, 1), ((OTHER[0], 1),), ((X, 3), (X, 0)), ("norm",)
     ),
     "state of a recurrence": Fault(
-        lambda: pair(recurrent, conv=conv(8, 4), head=conv_bn(4, 4, 1)), X, OTHER, ((X, X),)
+        lambda: pair(recurrent, conv=conv(8, 4), head=conv_bn(4, 4, 1)), X, OTHER, ((X, X),),
+        ("norm",),
     ),
     "size": Fault(lambda: pair(on_a_size), ways=(X[:, :, :3],), left=("norm",)),
 }
@@ -365,6 +366,7 @@ SUBCLASSES = {
         ),
         image(5, 6),
         (image(3, 6),),
+        left=("norm",),
     ),
 }
 
@@ -748,7 +750,8 @@ class ReplacedBorder(BNAndPadLayer):
 
 
 def bordered(border: nn.Module) -> nn.Module:
-    return nn.Sequential(conv(4, 4, 1), border, nn.Conv2d(4, 4, 3), norm(), nn.ReLU())
+    small = nn.Conv2d(4, 4, 1, bias=False)
+    return nn.Sequential(small, border, nn.Conv2d(4, 4, 3), norm(), nn.ReLU())
 
 
 def cropped(crop: Callable[[Tensor], Tensor], small: nn.Module) -> nn.Module:

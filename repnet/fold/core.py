@@ -31,7 +31,7 @@ from repnet.fold.record import Frame
 from repnet.fold.regions import Region, Regions, tensors_of
 from repnet.fold.report import Fold
 from repnet.fold.rewrite import GraphError, copy_with, graph_of, identity_like, with_attributes
-from repnet.fold.survey import Survey, is_identity, within
+from repnet.fold.survey import Survey, is_identity, readers_of, within
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
 from repnet.symbolic import transpose_weight
@@ -48,6 +48,7 @@ class Plan:
         graphs: regions of the modules that become graphs, by the name of these.
         rows: regions of modules in a row, which stay modules.
         chains: followers of each convolution, by its name.
+        fronts: the norm in front of a convolution, by the name of this.
         skipped: reasons, by the name of what is left.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     graphs: dict[str, list[Region]] = field(default_factory=dict)
     rows: list[Region] = field(default_factory=list)
     chains: dict[str, tuple[Link, ...]] = field(default_factory=dict)
+    fronts: dict[str, Head] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -141,6 +143,10 @@ class Folding:
         plan.chains = {tail: own for tail, own in found.items() if tail not in self.excluded}
         if self.norms == "keep":
             plan.chains = {t: own[:1] for t, own in plan.chains.items() if t in plan.whole}
+        else:
+            absorbed = {link.head.name for own in plan.chains.values() for link in own}
+            fronts = chains.fronts(absorbed)
+            plan.fronts = {c: head for c, head in fronts.items() if c not in self.excluded}
         for name, reason in chains.reasons.items():
             plan.skipped.setdefault(name, reason)
         return plan
@@ -220,7 +226,7 @@ class Folding:
         if frame not in self._plain:
             self._plain[frame] = not hasattr(frame.module, "original_bias") and all(
                 (n.op not in ("call_function", "call_method") or n.meta.get("constant"))
-                and len(n.users) <= 1
+                and len(readers_of(n)) <= 1
                 and (n.meta.get("frame") is None or self._is_plain(n.meta["frame"]))
                 for n in frame.graph.nodes
             )
@@ -322,10 +328,10 @@ class Folding:
         for name in plan.whole:
             with _named(name):
                 self._build_whole(name, plan, put, folds)
-        for tail, links in plan.chains.items():
+        for tail in dict.fromkeys([*plan.chains, *plan.fronts]):
             if tail not in plan.whole:
                 with _named(tail):
-                    self._build_chain(tail, links, put, folds)
+                    self._build_chain(tail, plan, put, folds)
         for region in plan.rows:
             with _named(region.name):
                 self._build_row(region, put, folds)
@@ -369,13 +375,17 @@ class Folding:
         followers = names[1:] if self.norms == "absorb" else []
         folds.append((Fold(name, (*inner, *followers), names[-1] if links else None), names[-1]))
 
-    def _build_chain(
-        self, tail: str, links: Sequence[Link], put: Any, folds: list[Any]
-    ) -> None:
+    def _build_chain(self, tail: str, plan: Plan, put: Any, folds: list[Any]) -> None:
+        links, front = plan.chains.get(tail, ()), plan.fronts.get(tail)
         names = [tail, *(link.head.name for link in links)]
-        put(tail, tail, self._absorbed(tail, self._norm(links, 0), names), self._dtype([tail]))
+        first = [] if front is None else [front.name]
+        norm = self._norm(links, 0) if links else None
+        layer = self._absorbed(tail, front and self._head(front), norm, [*first, *names])
+        put(tail, tail, layer, self._dtype([tail]))
         self._remove(tail, links, put)
-        folds.append((Fold(tail, tuple(names), end=names[-1]), names[-1]))
+        if front is not None:
+            put(tail, front.name, identity_like(self.survey.modules[front.name]))
+        folds.append((Fold(tail, (*first, *names), end=names[-1]), names[-1]))
 
     def _build_row(self, region: Region, put: Any, folds: list[Any]) -> None:
         layer = self._region_layer(region)
@@ -444,22 +454,22 @@ class Folding:
             nodes, _ = prefix_of(frame, given, identity, self.kernels)
             put(fold, name, graph_of(module, self.survey, frame, {}, without=nodes))
 
-    def _absorbed(self, tail: str, norm: ConvKernel, names: Sequence[str]) -> nn.Module:
-        """Return the layer `tail` with its output scaled and shifted as `norm` does."""
+    def _absorbed(
+        self, tail: str, front: ConvKernel | None, norm: ConvKernel | None, names: Sequence[str]
+    ) -> nn.Module:
+        """Return the layer `tail` with a map in front of it, and its output scaled and shifted."""
         layer = self.survey.modules[tail]
         assert isinstance(layer, Layer)
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None:  # it is computed from other tensors, as by `weight_norm`
-            bare = self.kernels.modules[tail]
-            axes = layer.weight.ndim - 2
-            channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-            identity = ConvKernel.identity(
-                channels, axes=axes, dtype=torch.float64, device=norm.device
-            )
-            with InFloat64():
-                kernel = bare(identity)
-            new = self._layer(kernel.then(norm.over(axes)), names)
-            return with_attributes(new, layer)
+        if weight is None or front is not None:
+            # The weight is computed from other tensors, as by `weight_norm`, or its inputs change.
+            kernel = self._layer_kernel(tail)
+            if front is not None:
+                kernel = front.over(kernel.axes).then(kernel)
+            if norm is not None:
+                kernel = kernel.then(norm.over(kernel.axes))
+            return with_attributes(self._layer(kernel, names), layer)
+        assert norm is not None
         groups = layer.groups if isinstance(layer, TRANSPOSED) else 0
         exact = weight.detach().double()
         exact = transpose_weight(exact, groups) if groups else exact
@@ -470,18 +480,28 @@ class Folding:
         total = total if shift is None else total + shift
         copy = copy_with(layer, {id(weight): weight, id(bias): bias})
         trainable = self._trainable(names)
-        memory_format = (
-            torch.channels_last
-            if weight.ndim == 4
-            and weight.is_contiguous(memory_format=torch.channels_last)
-            and not weight.is_contiguous()
-            else torch.contiguous_format
-        )
-        exact = exact.contiguous(memory_format=memory_format)
+        last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        last = last and not weight.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        exact = exact.contiguous(memory_format=layout)
         copy.weight = nn.Parameter(exact, requires_grad=trainable)
         if bias is not None or shift is not None:
             copy.bias = nn.Parameter(total, requires_grad=trainable)
         return copy.eval()
+
+    def _layer_kernel(self, name: str) -> ConvKernel:
+        """Return the kernel of a convolution or linear layer, with values."""
+        layer = self.survey.modules[name]
+        assert isinstance(layer, Layer)
+        device = next(iter(self.source.parameters())).device
+        channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        identity = ConvKernel.identity(
+            channels, axes=layer.weight.ndim - 2, dtype=torch.float64, device=device
+        )
+        with InFloat64():
+            kernel = self.kernels.modules[name](identity)
+        assert isinstance(kernel, ConvKernel)
+        return kernel
 
     def _moved_bias(
         self, name: str, kernel: ConvKernel, links: Sequence[Link], put: Any

@@ -13,7 +13,7 @@ each call of the norm must follow the convolution, in every way that a forward m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class Chains:
         self.reasons: dict[str, str] = {}  # by name, why a norm stays
         self._heads: dict[str, Head | None] = {}
         self._tails: dict[str, str | None] = {}
+        self._leads: dict[str, str | None] = {}
 
     def find(self) -> dict[str, tuple[Link, ...]]:
         """Return the followers of each convolution, by its name."""
@@ -121,7 +122,7 @@ class Chains:
                         covered[link.head.name][node] += link.stop - link.start
             kept = {}
             for tail, own in links.items():
-                reason = barred.get(tail, "") or self._refusal(tail, own)
+                reason = barred.get(tail, "") or self._refusal(tail, [link.head.name for link in own])
                 length = 0 if reason else len(own)
                 for n, link in enumerate(own[:length]):
                     why = barred.get(link.head.name, "")
@@ -148,15 +149,94 @@ class Chains:
             ".".join(parts[:n]) in self.gone for n in range(1, len(parts) + 1)
         )
 
+    def fronts(self, absorbed: set[str]) -> dict[str, Head]:
+        """Return the norm that alone feeds a convolution, by the name of the convolution.
+
+        Only where the convolution inserts no zeros behind the norm: those would have to be what
+        the norm makes of zero.
+
+        Args:
+            absorbed: names of the norms that have gone into a convolution already.
+        """
+        pairs: dict[str, set[str | None]] = defaultdict(set)  # convolutions by norm
+        feeds: dict[str, set[str | None]] = defaultdict(set)  # norms by convolution
+        heads: dict[str, Head] = {}
+        for name, frames in self.survey.frames.items():
+            if self._is_gone(name):
+                continue
+            for frame in frames[:1] if name in self.rewritten else frames:
+                fixed = not (self.survey.distrust(frame) or frame.decisions)
+                given = self.survey.tensor_argument(frame)
+                for node in frame.graph.nodes:
+                    if node.op != "call_module" or node in self.taken:
+                        continue
+                    head, lead = self.head(str(node.target)), self.lead(str(node.target))
+                    if lead is not None and not (node.args == (given,) and self.lead(name) == lead):
+                        feeds[lead].add(self._fed_by(node) if fixed else None)
+                    if head is not None and head.name == node.target and not head.prefix:
+                        heads[head.name] = head
+                        users = users_of(node)
+                        alone = len(users) == 1 and not node.meta.get("escaped") and fixed
+                        target = users[0] if alone and users[0].op == "call_module" else None
+                        pairs[head.name].add(
+                            self.lead(str(target.target))
+                            if target is not None and target.args == (node,)
+                            else None
+                        )
+        found: dict[str, Head] = {}
+        for norm, leads in pairs.items():
+            (lead,) = leads if len(leads) == 1 else (None,)
+            if lead is None or norm in absorbed or feeds[lead] != {norm}:
+                continue
+            if not self._refusal(norm, (lead,)) and self._is_free(norm, lead):
+                found[lead] = heads[norm]
+        return found
+
+    def _fed_by(self, node: fx.Node) -> str | None:
+        given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        called = isinstance(given, fx.Node) and given.op == "call_module"
+        return str(given.target) if called else None  # type: ignore[union-attr]
+
+    def _is_free(self, norm: str, lead: str) -> bool:
+        """Return whether a convolution may take in the norm in front of it."""
+        kernels = []
+        for name in (norm, lead):
+            node = self.survey.leaves[name][0][1] if name in self.survey.leaves else None
+            if node is None or not isinstance(node.args[0], fx.Node):
+                return False
+            try:
+                identity = self.kernels.identity(node.args[0])
+                kernels.append(self.kernels.node(node, {node.args[0]: identity}))
+                if len(kernels) == 2:
+                    kernels[0].then(kernels[1])
+            except NotFoldableError:
+                return False
+        return True
+
+    def lead(self, name: str) -> str | None:
+        """Return the convolution or linear layer that alone consumes the input of a module."""
+        survey = self.survey
+        if name in survey.leaves:
+            return name if isinstance(survey.modules[name], Layer) else None
+        if name in self._leads:
+            return self._leads[name]
+        self._leads[name] = None
+        if survey.is_uniform(name) and name not in self.gone and name not in survey.hooked:
+            given = survey.tensor_argument(survey.frames[name][0])
+            users = users_of(given) if given is not None else []
+            if len(users) == 1 and users[0].op == "call_module" and users[0].args == (given,):
+                self._leads[name] = self.lead(str(users[0].target))
+        return self._leads[name]
+
     def _note(self, links: Iterable[tuple[Link, fx.Node]], reason: str) -> None:
         for link, _ in links:
             self.reasons.setdefault(link.head.name, reason)
 
-    def _refusal(self, tail: str, links: tuple[Link, ...]) -> str:
+    def _refusal(self, tail: str, others: Sequence[str]) -> str:
         """Return why code outside could see that these layers are gone."""
-        if not links:
+        if not others:
             return ""
-        names = [tail, *(link.head.name for link in links)]
+        names = [tail, *others]
         hooks = next((n for n in names if n in self.survey.hooked), None)
         if hooks is not None:
             return f"'{hooks}' has a forward hook; remove it first"

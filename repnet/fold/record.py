@@ -774,13 +774,18 @@ class Recorder(TorchFunctionMode):
             return output
         node = frame.graph.create_node(*_target(func), *nodes)
         node.meta["constant"] = func.__name__ not in RANDOM and _is_constant(node)
-        found = self._result(frame, node, output, tensors, versions)
-        dim = args[1] if func.__name__ == "unbind" and len(args) > 1 else kwargs.get("dim", 0)
-        if func.__name__ == "split" and len(args) > 1:
-            dim = 1 if not isinstance(args[1], int) else args[2] if len(args) > 2 else dim
-        if func.__name__ == "unbind" or (func.__name__ == "split" and dim != 1):
+        if _counts_a_size(func, args, kwargs):
             frame.decide(frame.call(len, (node,)), len(output), forced=False)
-        return found
+        return self._result(frame, node, output, tensors, versions)
+
+
+def _counts_a_size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a function returns as many tensors as an axis of its input has steps."""
+    if func.__name__ == "unbind":
+        return True
+    if func.__name__ != "split" or len(args) < 2 or not isinstance(args[1], int):
+        return False
+    return (args[2] if len(args) > 2 else kwargs.get("dim", 0)) != 1
 
 
 def _length(tensor: Tensor) -> int:

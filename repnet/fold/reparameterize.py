@@ -287,6 +287,7 @@ def _subset(folding: Folding, plan: Plan, names: set[str]) -> Built:
             },
             [r for r in plan.rows if r.name in names],
             {n: c for n, c in plan.chains.items() if n in names},
+            {n: f for n, f in plan.fronts.items() if n in names},
         )
     )
 
@@ -311,27 +312,29 @@ def _cast(built: Built, source: nn.Module) -> dict[str, str]:
 
 
 def _report_norms(report: FoldReport, survey: Survey, folded: nn.Module, plan: Plan) -> None:
-    for name, module in folded.named_modules():
-        if isinstance(module, _BatchNorm):
-            report.left.append(name)
+    """Name the norms that remain, those that are called as functions as well."""
+    report.left = [n for n, m in folded.named_modules() if isinstance(m, _BatchNorm)]
     gone = {node for regions in plan.graphs.values() for r in regions for node in r.nodes}
+    heads = {link.head.name for links in plan.chains.values() for link in links}
     for name, frames in survey.frames.items():
-        if any(within(name, whole) for whole in plan.whole):
+        if name in heads or any(within(name, whole) for whole in plan.whole):
             continue
         for node in frames[0].graph.nodes:
-            if node.target is functional.batch_norm and node not in gone:
-                statistics = node.args[1] if len(node.args) > 1 else None
-                owner = str(getattr(statistics, "target", "")).rpartition(".")[0] or node.name
-                if owner not in report.left and owner not in survey.leaves:
-                    pass
+            called = "batch_norm" in getattr(node.target, "__name__", "")
+            if not called or node in gone or node.meta.get("constant"):
+                continue
+            sources = [str(i.target) for i in node.all_input_nodes if i.op == "get_attr"]
+            owner = next((s.rpartition(".")[0] for s in sources if "mean" in s), "")
+            if sources and owner not in report.left:
+                report.left.append(owner or node.name)
     for name in report.left:
-        report.skipped.setdefault(name, why_left(survey, name))
+        report.skipped.setdefault(name, _why_left(survey, name))
 
 
-def why_left(survey: Survey, name: str) -> str:
+def _why_left(survey: Survey, name: str) -> str:
     """Return why a batch norm remains that nothing took in."""
     if survey.reason:
         return "the model runs, but not under observation"
-    if name not in survey.modules or not survey.ran(name):
+    if name in survey.modules and not survey.ran(name):
         return "it was not run on the example input"
     return "no convolution before it feeds it alone"
