@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.blocks import Block
 from repnet.equivalence import FoldMismatchError, Inputs
+from repnet.fold.rewrite import with_attributes
 from repnet.kernel import ConvKernel, NotFoldableError
 from repnet.spec import build, load_choice
 from repnet.symbolic import evaluating, kernel_of
@@ -252,6 +253,7 @@ class _Swap:
             self.target = kernel_of(old, old.in_channels, dtype=torch.float64)
         self.new = new = _build(old, make, self.target.padding)
         new.original_bias = old.bias is not None  # type: ignore[assignment]
+        with_attributes(new, old)  # a forward may ask for its stride
         shape = (repr(old), repr(new), *((n, p.shape) for n, p in new.named_parameters()))
         if shape not in known:
             meta = kernel_of(deepcopy(new).to("meta"), old.in_channels)

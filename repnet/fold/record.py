@@ -657,7 +657,7 @@ class Recorder(TorchFunctionMode):
         for tensor in changed:
             self._changed(frame, node, tensor, output)
         if isinstance(output, Tensor) and any(output is t for t in tensors):
-            if any(output is t for t in changed):
+            if any(output is t for t in changed) or node.meta.get("constant"):
                 frame._bind_tensor(output, node)
             else:  # it returned its argument: the argument keeps its node
                 node.meta["shape"], node.meta["dtype"] = output.shape, output.dtype
