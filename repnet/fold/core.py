@@ -126,7 +126,8 @@ class Folding:
     ) -> None:
         self.source, self.survey, self.norms = source, survey, norms
         self.forced, self.edit_only = graphs, edit_only
-        self.sketch, self.kernels = Kernels(sketch), Kernels(real)
+        self.sketch = Kernels(sketch, survey.is_uniform)
+        self.kernels = Kernels(real, survey.is_uniform)
         self.excluded: dict[str, str] = {}  # reason by name of a fold that failed
         self._plain: dict[Frame, bool] = {}
 

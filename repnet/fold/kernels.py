@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -38,9 +39,11 @@ class Kernels:
 
     Args:
         model: whose frames they are: a copy without hooks, on the meta device for shapes alone.
+        is_uniform: whether every call of a module, by its name, does the same.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_uniform: Callable[[str], bool]) -> None:
+        self.is_uniform = is_uniform
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.model = model
         tensors = chain(model.parameters(), model.buffers())
@@ -128,7 +131,7 @@ class Kernels:
     def _call(self, name: str, child: Frame | None, identity: ConvKernel) -> Any:
         """Return what a module makes of an identity."""
         if child is not None:
-            if child.unclear or child.decisions:
+            if not self.is_uniform(child.name):
                 raise NotAffineError("its forward branches, or cannot be followed")
             return self.frame(child, identity)
         module = self.modules[name]
