@@ -218,7 +218,7 @@ def ways() -> str:
             270,
             "A forward adds branches:\na small graph replaces it",
             "block: RepVGGBlock\n  (the block above)",
-            "block: RepVGGBlock\n  conv3, then relu",
+            "block: GraphModule\n  conv3, then relu",
         )
     )
 
