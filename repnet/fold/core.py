@@ -184,6 +184,8 @@ class Folding:
         survey, kernels = self.survey, self.sketch
         if name in self.excluded or not survey.is_uniform(name):
             raise NotAffineError("it is not the same for every input")
+        if survey.keeps(name):
+            raise NotAffineError("it keeps something aside")
         frame = survey.frames[name][0]
         given, result = survey.tensor_argument(frame), survey.output(frame)
         if given is None or result is None or result is given:
@@ -274,7 +276,9 @@ class Folding:
                 return False  # a convolution with what follows it: a chain
         else:
             frame = self.survey.frames[name][0]
-            if self.edit_only or not frame.rewritable or name in self.survey.hooked:
+            if self.edit_only or not frame.rewritable or self.survey.keeps(name):
+                return False
+            if name in self.survey.hooked:
                 return False
             if frame.names_its_dtype():
                 return False
@@ -343,7 +347,10 @@ class Folding:
                 new = signatures.get(region.signature)
                 if new is None:
                     with _named(region.name):
-                        new = signatures[region.signature] = self._region_layer(region)
+                        new = self._region_layer(region)
+                        if region.name in self.survey.modules:
+                            new = with_attributes(new, self.survey.modules[region.name])
+                        signatures[region.signature] = new
                     dtype = self._dtype_of(tensors_of(region, self.kernels).values())
                     made.append((region.name, new, dtype))
                     folds.append((Fold(region.name, self._layers(region)), name))

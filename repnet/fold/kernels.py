@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -42,6 +43,8 @@ class Kernels:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.model = model
+        tensors = chain(model.parameters(), model.buffers())
+        self.device = next((t.device for t in tensors), torch.device("cpu"))
         self.constants: dict[fx.Node, Any] = {}
         self.calls: dict[tuple[Any, int], Any] = {}  # what a module makes of an identity
 
@@ -50,9 +53,8 @@ class Kernels:
         shape = node.meta.get("shape", ())
         if not 2 <= len(shape) <= 5:
             raise NotFoldableError("a kernel has 0 to 3 spatial axes")
-        device = next((t.device for t in self.model.parameters()), None)
         return ConvKernel.identity(
-            shape[1], axes=len(shape) - 2, dtype=torch.float64, device=device
+            shape[1], axes=len(shape) - 2, dtype=torch.float64, device=self.device
         )
 
     def frame(self, frame: Frame, kernel: ConvKernel) -> Any:
@@ -97,7 +99,7 @@ class Kernels:
             if node.op == "call_module":
                 return self._module(node, args, kwargs)
             with InFloat64():
-                return _run(node, args, kwargs)
+                return _run(node, *self._placed(args, kwargs))
         except NotFoldableError:
             raise
         except Exception as error:  # anything may be called
@@ -147,9 +149,15 @@ class Kernels:
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), self.constant)  # type: ignore
                 with torch.no_grad(), InFloat64():
-                    value = _run(node, args, kwargs)
+                    value = _run(node, *self._placed(args, kwargs))
             self.constants[node] = value
         return self.constants[node]
+
+    def _placed(self, args: Any, kwargs: Any) -> Any:
+        """Return arguments that name the device of this model."""
+        return map_aggregate(
+            (args, kwargs), lambda v: self.device if isinstance(v, torch.device) else v
+        )
 
     def weight(self, node: fx.Node) -> Tensor | None:
         """Return the weight of a call of a convolution or linear layer, None for anything else."""

@@ -122,7 +122,9 @@ class Chains:
                         covered[link.head.name][node] += link.stop - link.start
             kept = {}
             for tail, own in links.items():
-                reason = barred.get(tail, "") or self._refusal(tail, [link.head.name for link in own])
+                reason = barred.get(tail, "") or self._refusal(
+                    tail, [link.head.name for link in own]
+                )
                 length = 0 if reason else len(own)
                 for n, link in enumerate(own[:length]):
                     why = barred.get(link.head.name, "")
@@ -428,7 +430,7 @@ class Chains:
                         self.reasons.setdefault(name, str(error))
                     return None
                 return Head(name, kernel.axes) if _is_scaling(kernel) else None
-        if not survey.is_uniform(name) or name in self.whole:
+        if not survey.is_uniform(name) or name in self.whole or survey.keeps(name):
             return None
         frame = survey.frames[name][0]
         given = survey.tensor_argument(frame)
@@ -536,7 +538,10 @@ def _is_own(node: fx.Node, name: str) -> bool:
         and (weight.op, weight.target) == ("get_attr", f"{prefix}weight")
         and (
             bias is None
-            or (isinstance(bias, fx.Node) and (bias.op, bias.target) == ("get_attr", f"{prefix}bias"))
+            or (
+                isinstance(bias, fx.Node)
+                and (bias.op, bias.target) == ("get_attr", f"{prefix}bias")
+            )
         )
     )
 
@@ -566,7 +571,7 @@ def _moves_labels(path: list[fx.Node], channel_axis: int) -> bool:
     values: dict[fx.Node, Tensor] = {path[0]: labels}
     for before, node in zip(path, path[1:], strict=False):
         try:
-            values[node] = _rearrange(node, {before: values[before]})
+            values[node] = _rearrange(node, {node.args[0]: values[before]})  # type: ignore[dict-item]
         except Exception:  # sizes from elsewhere
             return False
     moved = values[path[-1]]
@@ -595,6 +600,7 @@ def _rearrange(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
                 return inner[n.args[0]]
             elif "shape" in n.meta:
                 inner[n] = _rearrange(n, inner)
+
     def value(argument: fx.Node) -> Any:
         if argument in values:
             return values[argument]

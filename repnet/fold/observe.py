@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,24 +33,23 @@ def observe(
     Raises:
         RecordingError: the model cannot run on these inputs, or not under observation.
     """
+    observer = _Observer(model, inlined)
     without = Inputs(*tree_map(without_values, (inputs.args, inputs.kwargs or {})))
     copy = prepared_copy(model, device="meta")
     try:
-        first = _run(copy, without, inlined, torch.no_grad())
-        return Survey(model, [first, *_second(copy, without, inlined, meta=True)])
+        return Survey(model, [observer.run(copy, without), *observer.second(copy, without)])
     except Exception:  # forward reads values, or a function is not implemented without them
         pass
     copy = prepared_copy(model)
     try:
-        first = _run(copy, inputs, inlined, torch.no_grad())
+        return Survey(model, [observer.run(copy, inputs), *observer.second(copy, inputs)])
     except Exception:
-        try:
-            with InFloat64():
-                first = _run(prepared_copy(model), inputs, inlined, torch.no_grad())
-        except Exception as error:  # forward is anyone's code
-            raise RecordingError(str(error)) from error
-        return Survey(model, [first])
-    return Survey(model, [first, *_second(copy, inputs, inlined, meta=False)])
+        pass
+    try:
+        with InFloat64():
+            return Survey(model, [observer.run(prepared_copy(model), inputs)])
+    except Exception as error:  # forward is anyone's code
+        raise RecordingError(str(error)) from error
 
 
 def prepared_copy(model: nn.Module, device: str | None = None) -> nn.Module:
@@ -63,49 +63,60 @@ def without_values(value: Any) -> Any:
     return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
-def _run(
-    copy: nn.Module,
-    inputs: Inputs,
-    inlined: Callable[[str], bool] | None,
-    mode: AbstractContextManager[Any],
-    *,
-    keeps: bool = True,
-) -> Recorder:
-    numbers = inlined is None
-    recorder = Recorder(copy, is_opaque, inlined or (lambda name: False), follow_numbers=numbers)
-    meta = any(t.is_meta for t in (*copy.parameters(), *copy.buffers()))
-    given: Any = tree_map(_clone, (inputs.args, inputs.kwargs or {}))
-    with mode, torch.device("meta") if meta else nullcontext(), torch.random.fork_rng(devices=[]):
-        output = recorder.run(*given)
-    if keeps:
-        recorder.mark_escaped()
-    del output, given
-    return recorder
+class _Observer:
+    """Runs copies of a model under observation.
 
-
-def _second(
-    copy: nn.Module, inputs: Inputs, inlined: Callable[[str], bool] | None, *, meta: bool
-) -> list[Recorder]:
-    """Return a run on other sizes, in another dtype and with gradients, as far as that is possible.
-
-    A graph of the autograd engine keeps tensors, so that what a forward keeps is not seen here.
+    Args:
+        model: the model itself.
+        inlined: as for `observe`.
     """
-    same = [(inputs, True)] if inlined is not None else []  # a graph may be of one size
-    for other, complete in [*same, *_varied(inputs)]:
-        if meta:
+
+    def __init__(self, model: nn.Module, inlined: Callable[[str], bool] | None) -> None:
+        self.inlined = inlined
+        self.device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+
+    def run(self, copy: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Recorder:
+        """Return the frames of a run.
+
+        Gradients need tensors longer than the forward does, so that with them nothing is said of
+        what it keeps aside.
+        """
+        recorder = Recorder(
+            copy,
+            is_opaque,
+            self.inlined or (lambda name: False),
+            follow_numbers=self.inlined is None,
+            device=self.device,
+        )
+        meta = any(t.is_meta for t in chain(copy.parameters(), copy.buffers()))
+        given: Any = tree_map(_clone, (inputs.args, inputs.kwargs or {}))
+        mode = torch.enable_grad() if gradients else torch.no_grad()
+        device = torch.device("meta") if meta else nullcontext()
+        with mode, device, torch.random.fork_rng(devices=[]):
+            output = recorder.run(*given)
+        if not gradients:
+            recorder.mark_escaped()
+        del output, given
+        return recorder
+
+    def second(self, copy: nn.Module, inputs: Inputs) -> list[Recorder]:
+        """Return a run on other sizes, in another dtype and with gradients, as far as possible."""
+        meta = any(t.is_meta for t in chain(copy.parameters(), copy.buffers()))
+        same = [] if self.inlined is None else [(inputs, True)]  # a graph may be of one size
+        for other, complete in [*same, *_varied(inputs)]:
+            floating = {t.dtype for t in copy.parameters() if t.is_floating_point()}
+            dtype = torch.float32 if torch.float64 in floating else torch.float64
+            if meta:
+                try:
+                    run = self.run(copy.to(dtype), other.to(dtype), gradients=True)
+                    return [_marked(run, complete)]
+                except Exception:  # it may have good reasons
+                    pass
             try:
-                floating = [t.dtype for t in copy.parameters() if t.is_floating_point()]
-                dtype = torch.float64 if torch.float64 not in floating else torch.float32
-                copy.to(dtype)
-                run = _run(copy, other.to(dtype), inlined, torch.enable_grad(), keeps=False)
-                return [_marked(run, complete)]
-            except Exception:  # it may have good reasons
-                pass
-        try:
-            return [_marked(_run(copy, other, inlined, torch.no_grad()), complete)]
-        except Exception:  # not every model takes every size
-            continue
-    return []
+                return [_marked(self.run(copy, other), complete)]
+            except Exception:  # not every model takes every size
+                continue
+        return []
 
 
 def _marked(run: Recorder, complete: bool) -> Recorder:

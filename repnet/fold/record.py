@@ -55,6 +55,7 @@ RANDOM = {
 }  # fmt: skip
 _MATH = {n: getattr(math, n) for n in ("sqrt", "log", "log2", "exp", "floor", "ceil")}
 _MISSING = object()
+_FREE = "free"
 MOST_PATHS = 32  # through one forward, in an exploration
 MOST_DECISIONS = 12
 
@@ -109,6 +110,7 @@ class Frame:
         self.time = 0  # calls of modules so far
         self.unclear = ""  # why the graph does not tell what the forward does
         self.rewritable = True  # a graph can stand for the forward
+        self.keeps = False  # it sets attributes, or somebody keeps a tensor of it
         self.plain_call = False  # one tensor came in, as the first argument
         self.known: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self.bound: list[tuple[weakref.ref[Tensor], fx.Node]] = []
@@ -138,7 +140,7 @@ class Frame:
                 bound[name] = {k: self._argument(k, v) for k, v in bound.get(name, {}).items()}
             elif given:
                 bound[name] = self._argument(name, bound[name], parameter.default)
-                if (structure := _structure(bound[name])) is not None:
+                if (structure := _structure(bound[name])) is not _FREE:
                     self._freeze(name, structure, reads)
             else:
                 self._placeholder(name, parameter.default, parameter.default)
@@ -271,6 +273,8 @@ class Frame:
             self.decide(self.graph.call_function(abs, (0,)), value, forced=False)
             return int(value) if isinstance(value, int) else float(value)
         kind = type(value)
+        if kind is torch.device and value.type == "meta":
+            return self.recorder.device
         if kind in (tuple, list, torch.Size):
             items = [self.node(v) for v in value]
             return items if kind is list else tuple(items)
@@ -335,11 +339,14 @@ class Frame:
             return order.get(value, value) if isinstance(value, fx.Node) else value
 
         found: list[Any] = [
-            (n.op, n.target if n.op != "placeholder" else n.name, repr(map_aggregate((n.args, n.kwargs), written)))
+            (
+                n.op,
+                n.target if n.op != "placeholder" else n.name,
+                repr(map_aggregate((n.args, n.kwargs), written)),
+            )
             for n in self.graph.nodes
         ]
         return [*found, repr(self.frozen), self.unclear, [d.value for d in self.decisions]]
-
 
     def names_its_dtype(self) -> bool:
         """Return whether the graph has the dtype of the model in it, as it was in this run."""
@@ -459,6 +466,7 @@ class Recorder(TorchFunctionMode):
         opaque: whether a module is called as a whole.
         inlined: whether what a module does is written into the frame of its caller.
         script: what the first frame is to decide, in order; None to let it decide.
+        device: of the real model, for a copy without values.
         follow_numbers: whether numbers that the model is given are followed like sizes.
     """
 
@@ -469,8 +477,10 @@ class Recorder(TorchFunctionMode):
         inlined: Callable[[str], bool] = lambda name: False,
         script: Sequence[Any] | None = None,
         follow_numbers: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        self.device = device or torch.device("cpu")
         self.follow_numbers = follow_numbers
         self.model, self.opaque, self.inlined, self.script = model, opaque, inlined, script
         self.names = {module: name for name, module in model.named_modules()}
@@ -564,7 +574,7 @@ class Recorder(TorchFunctionMode):
                     continue
                 if not any(r() is tensor for r in frame.returned):
                     node.meta["escaped"] = True
-                    frame.rewritable = False
+                    frame.keeps = True
 
     def _called(
         self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any
@@ -641,7 +651,7 @@ class Recorder(TorchFunctionMode):
             self.paused = paused
             self.frames.pop()
         if _state(module) != before:
-            frame.rewritable = False
+            frame.keeps = True
         return frame, output
 
     def _result(
@@ -867,7 +877,9 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
     frames: list[Frame] = []
     while scripts:
         script = scripts.pop()
-        recorder = Recorder(frame.module, lambda module, name: True, script=script)
+        recorder = Recorder(
+            frame.module, lambda module, name: True, script=script, device=frame.recorder.device
+        )
         recorder.names = {m: n for m, n in frame.recorder.names.items()}
         recorder.constants = frame.recorder.constants
         args, kwargs = _map(frame.inputs, _Shape, lambda shape: _empty(shape, frame.recorder))
@@ -984,12 +996,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _structure(value: Any) -> Any:
-    """Return what a forward may decide on without being seen, None for a tensor or number."""
+    """Return what a forward may decide on without being seen; `_FREE` for a tensor or number."""
     if isinstance(value, Tensor | Dim | Ratio):
-        return None
+        return _FREE
     if type(value) is tuple:
         inner = [_structure(v) for v in value]
-        return inner if any(i is not None for i in inner) else None
+        return _FREE if all(i is _FREE for i in inner) else inner
     if isinstance(value, list | tuple):
         return [len(value), *(_structure(v) for v in value)]
     if isinstance(value, Mapping):

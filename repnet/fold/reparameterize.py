@@ -9,7 +9,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.equivalence import Inputs
@@ -233,7 +232,7 @@ def _stays(frame: Frame) -> str:
     nodes = [d.node for d in frame.decisions]
     if any(getattr(n.target, "__name__", n.target) in VALUES for n in nodes):
         return "forward depends on values of its input"
-    if not frame.rewritable:
+    if frame.keeps or not frame.rewritable:
         return "it keeps something aside, or takes or returns what a graph cannot"
     return ""
 

@@ -97,7 +97,7 @@ def graph_of(
     if guarded:
         _guard(graph, frame, copied)
     _tidy(graph, home, added)
-    built = fx.GraphModule(_objects(graph, home, added), graph, type(original).__name__)
+    built = fx.GraphModule(_objects(graph, home, added), graph)
     for node in built.graph.nodes:
         node.meta.clear()  # sizes of the example
     for name in gone - set(added):  # others may hold it, and nobody calls it
@@ -123,9 +123,7 @@ def graph_of(
     return model
 
 
-def _objects(
-    graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]
-) -> dict[str, Any]:
+def _objects(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Return the modules and tensors that a graph names."""
     found: dict[str, Any] = {}
     for node in graph.nodes:

@@ -156,6 +156,10 @@ class Survey:
             self._uniform[name] = same
         return self._uniform[name]
 
+    def keeps(self, name: str) -> bool:
+        """Return whether a module, or one in it, leaves anything behind but its output."""
+        return any(f.keeps for inner in self.below(name) for f in self.frames.get(inner, ()))
+
     def entanglement(self, names: Sequence[str], *, keep_hooks: bool = True) -> str:
         """Return why code outside could see that modules are gone; "" if it could not.
 
