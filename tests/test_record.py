@@ -238,12 +238,22 @@ def rows(x: Tensor) -> int:
     return int(x.shape[2])
 
 
-def test_a_decision_of_a_function_that_returns_a_tensor_ends_with_it(x: Tensor) -> None:
-    confined = frame_of(wired(lambda m, x: m.conv(padded(x))), x).decisions
-    leaking = frame_of(wired(lambda m, x: m.conv(x) * rows(x)), x).decisions
-    assert confined
-    assert all(decision.end == 0 for decision in confined)
-    assert any(decision.end is None for decision in leaking)
+class Deciding(nn.Module):
+    """Converts a size in a function that returns a tensor, and in one that returns a number."""
+
+    def __init__(self, leak: bool) -> None:
+        super().__init__()
+        self.conv, self.leak = conv(4, 4), leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * rows(x) if self.leak else self.conv(padded(x))
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_decision_ends_with_the_function_that_returns_a_tensor(leak: bool, x: Tensor) -> None:
+    decisions = frame_of(ready(Deciding(leak)), x).decisions
+    assert decisions
+    assert any(decision.end is None for decision in decisions) == leak
 
 
 class Measuring(nn.Module):
@@ -334,9 +344,14 @@ def test_a_tensor_that_forward_keeps_escapes(x: Tensor) -> None:
     frame = frame_of(ready(Caching()), x)
     (call,) = [node for node in frame.graph.nodes if node.target == "conv"]
     assert call.meta["escaped"]
-    assert not frame.rewritable
-    returned = frame_of(wired(lambda m, x: [m.conv(x)]), x)
-    assert returned.rewritable
+
+
+@pytest.mark.parametrize("view", [lambda y: [y], lambda y: y.flatten(2), lambda y: y[:, :2]])
+def test_a_tensor_that_forward_returns_does_not_escape(
+    view: Callable[[Tensor], Any], x: Tensor
+) -> None:
+    frame = frame_of(wired(lambda m, x: view(m.conv(x))), x)
+    assert not any(node.meta.get("escaped") for node in frame.graph.nodes)
 
 
 def test_what_forward_keeps_does_not_stay_in_the_model(x: Tensor) -> None:
