@@ -297,6 +297,8 @@ class Folding:
         if reason := survey.entanglement(names):
             return reason
         for inner in names:
+            if survey.keeps(inner):
+                return f"'{inner}' keeps something aside"
             if survey.callers_outside(inner):
                 return f"'{inner}' is also used elsewhere"
             uses = [n for f in survey.frames[name] for n in f.graph.nodes if n.target == inner]

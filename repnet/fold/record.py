@@ -650,8 +650,12 @@ class Recorder(TorchFunctionMode):
         finally:
             self.paused = paused
             self.frames.pop()
-        if _state(module) != before:
-            frame.keeps = True
+        after = _state(module)
+        for key in before.keys() | after.keys():
+            old, new = before.get(key), after.get(key)
+            frame.keeps = frame.keeps or old is not new
+            if old is not new and old is not None and not isinstance(old, weakref.ref):
+                frame.unclear = frame.unclear or f"it changes '{key}' from call to call"
         return frame, output
 
     def _result(
@@ -939,8 +943,8 @@ def _positional(
     return args, rest
 
 
-def _state(module: nn.Module) -> dict[str, int]:
-    return {k: id(v) for k, v in vars(module).items()}
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {k: weakref.ref(v) if isinstance(v, Tensor) else v for k, v in vars(module).items()}
 
 
 def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
