@@ -207,23 +207,22 @@ def test_settings_that_make_no_sense_are_bad_input(
 
 WRONG_KERNEL = """
 import dataclasses, sys
-import repnet.modulewise
+import repnet.fold.core
 from repnet.cli.deploy import main
 
-original, count = repnet.modulewise.kernel_of, 0
+original, count = repnet.fold.core.as_module, 0
 
-def kernel_of(module, in_channels, **options):
+def as_module(kernel, *, like):
     global count
-    kernel = original(module, in_channels, **options)
-    count += type(module).__name__ == "Sum" and not kernel.weight.is_meta
+    count += not kernel.weight.is_meta
     if count == 2:
         count += 1
         weight = kernel.weight.clone()
         weight[0, 0, 1, 1] += 1e-4
         kernel = dataclasses.replace(kernel, weight=weight)
-    return kernel
+    return original(kernel, like=like)
 
-repnet.modulewise.kernel_of = kernel_of
+repnet.fold.core.as_module = as_module
 sys.argv = ["deploy.py", "ckpt={checkpoint}"]
 main()
 """

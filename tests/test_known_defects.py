@@ -21,8 +21,7 @@ from repnet.deploy.evaluation import evaluate
 from repnet.deploy.latency import measure_latency
 from repnet.equivalence import FoldMismatchError, compare
 from repnet.errors import InputError
-from repnet.fold import reparameterize
-from repnet.fold import reparameterize_graph
+from repnet.fold import reparameterize, reparameterize_graph
 from repnet.kernel import NotFoldableError
 from repnet.layers import Sum, conv, conv_bn
 from repnet.models import create_model

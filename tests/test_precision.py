@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from repnet.layers import conv
 from repnet.precision import CHUNK, InFloat64
+from tests.models import relative_error
+from tests.test_folding import TOLERANCE, Wired
 
 WIDE = CHUNK // (64 * 9) + 40  # output channels of a weight that is converted in two parts
 
@@ -114,3 +118,96 @@ def test_every_floating_point_tensor_says_float64() -> None:
         actual = module(x)
     assert module.conv.weight.dtype == torch.float32
     torch.testing.assert_close(actual, module.double()(x.double()), rtol=1e-12, atol=1e-12)
+
+
+# Models that name a dtype
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 4, 9, 8, dtype=torch.float64)
+
+
+def always_float(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x.float()).float().to(torch.float16) * 1.5
+
+
+def zeros_in_forward(m: Any, x: Tensor) -> Tensor:
+    state = torch.zeros(x.shape[0], 4, 9, 8)
+    for _ in range(2):
+        state = (state + m.conv(x)).type_as(torch.ones(1))
+    return state + torch.full((4, 1, 1), 0.1) + torch.tensor(1 / 3)
+
+
+def with_numbers(m: Any, x: Tensor) -> Tensor:
+    return torch.where(x > 0, m.conv(x), torch.zeros_like(x)).clamp(-1.0, 0.7).half()
+
+
+def norm_by_function(m: Any, x: Tensor) -> Tensor:
+    return functional.layer_norm(m.conv(x).float(), (8,)).to(x.dtype)
+
+
+WIRINGS = [always_float, zeros_in_forward, with_numbers, norm_by_function]
+
+
+@pytest.mark.parametrize("wiring", WIRINGS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_model_of_any_dtype_runs_in_float64(
+    wiring: Callable, dtype: torch.dtype, x: Tensor
+) -> None:
+    model = Wired(wiring, conv=conv(4, 4)).to(dtype)
+    exact = deepcopy(model).double()
+    with torch.no_grad(), InFloat64():
+        actual, expected = model(x.to(dtype)), exact(x.to(dtype).double())
+    assert actual.dtype == torch.float64
+    assert relative_error(expected, actual) < TOLERANCE
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_the_result_is_that_of_float64_and_not_of_float32(x: Tensor) -> None:
+    model = Wired(always_float, conv=conv(4, 4))
+    with torch.no_grad(), InFloat64():
+        actual = model(x)
+    expected = deepcopy(model.conv).double()(x) * 1.5
+    assert relative_error(expected, actual) < TOLERANCE
+    rounded = model.conv(x.float()).half() * 1.5
+    assert relative_error(expected, rounded.double()) > 1e-5
+
+
+class WithBuffers(nn.Module):
+    """A float32 buffer, an integer buffer, a mask, and a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(4, 1, 1))
+        self.register_buffer("order", torch.tensor([2, 0, 3, 1]))
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+        self.shift = torch.rand(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order] * self.scale * self.mask.reshape(4, 1, 1) + self.shift
+
+
+def test_buffers_and_plain_tensors_are_exact_and_integers_stay(x: Tensor) -> None:
+    model = WithBuffers()
+    with InFloat64():
+        actual = model(x)
+        assert (model.order + 1).dtype == torch.int64
+    masked = x[:, model.order] * model.scale.double() * model.mask.reshape(4, 1, 1)
+    torch.testing.assert_close(actual, masked + model.shift.double(), rtol=0, atol=0)
+
+
+def test_containers_of_tensors_are_exact() -> None:
+    parts = [torch.rand(2, 3), torch.rand(2, 3)]
+    with InFloat64():
+        joined = torch.cat(parts)
+        values, indices = torch.max(parts[0], 1)
+        first, _ = torch.ones(4).split(2)
+    assert joined.dtype == values.dtype == first.dtype == torch.float64
+    assert indices.dtype == torch.int64
+
+
+def test_nothing_is_changed_outside() -> None:
+    with InFloat64():
+        pass
+    assert (torch.ones(2) * 0.5).dtype == torch.float32

@@ -14,8 +14,7 @@ from torch.ao.nn import quantized as ao_quantized
 from torch.ao.quantization import FakeQuantize, default_qconfig, get_default_qat_qconfig
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from repnet.fold import reparameterize
-from repnet.fold import reparameterize_graph
+from repnet.fold import reparameterize, reparameterize_graph
 from repnet.kernel import NotFoldableError
 from repnet.layers import Sum, conv, conv_bn
 from repnet.surroundings import has_hooks, prepared
