@@ -242,7 +242,10 @@ DECISIONS = {
         lambda: pair(repeated), (X, 1), ((OTHER[0], 1),), ((X, 3), (X, 0)), ("norm",)
     ),
     "state of a recurrence": Fault(
-        lambda: pair(recurrent, conv=conv(8, 4), head=conv_bn(4, 4, 1)), X, OTHER, ((X, X),),
+        lambda: pair(recurrent, conv=conv(8, 4), head=conv_bn(4, 4, 1)),
+        X,
+        OTHER,
+        ((X, X),),
         ("norm",),
     ),
     "size": Fault(lambda: pair(on_a_size), ways=(X[:, :, :3],), left=("norm",)),

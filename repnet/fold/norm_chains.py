@@ -304,9 +304,9 @@ class Chains:
                 before = time < decision.time and node not in decision.alive
                 after = decision.end is not None and time >= decision.end
                 if not before and not after and decision.end is None:
-                    reason = f"the forward of '{frame.name}' makes a number of a size"
+                    reason = f"{self.survey.whose(frame)} makes a number of a size"
                 elif decision.end is not None and decision.time <= time < decision.end:
-                    reason = f"the forward of '{frame.name}' makes a number of a size around it"
+                    reason = f"{self.survey.whose(frame)} makes a number of a size around it"
                 else:
                     continue
                 for name in self._ends(node):

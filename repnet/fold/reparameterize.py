@@ -313,10 +313,12 @@ def _cast(built: Built, source: nn.Module) -> dict[str, str]:
 def _report_norms(report: FoldReport, survey: Survey, folded: nn.Module, plan: Plan) -> None:
     """Name the norms that remain, those that are called as functions as well."""
     report.left = [n for n, m in folded.named_modules() if isinstance(m, _BatchNorm)]
-    gone = {node for regions in plan.graphs.values() for r in regions for node in r.nodes}
+    regions = [*plan.rows, *(r for found in plan.graphs.values() for r in found)]
+    gone = {node for region in regions for node in region.nodes}
+    folded_away = [*plan.whole, *(str(n.target) for n in gone if n.op == "call_module")]
     heads = {link.head.name for links in plan.chains.values() for link in links}
     for name, frames in survey.frames.items():
-        if name in heads or any(within(name, whole) for whole in plan.whole):
+        if name in heads or any(within(name, outer) for outer in folded_away):
             continue
         for node in frames[0].graph.nodes:
             called = "batch_norm" in getattr(node.target, "__name__", "")
@@ -336,4 +338,8 @@ def _why_left(survey: Survey, name: str) -> str:
         return "the model runs, but not under observation"
     if name in survey.modules and not survey.ran(name):
         return "it was not run on the example input"
-    return "no convolution before it feeds it alone"
+    if name in survey.hooked:
+        return f"'{name}' has a forward hook; remove it first"
+    callers = [frame for frame, _ in survey.leaves.get(name, ())]
+    reason = next((r for f in callers if (r := survey.distrust(f))), "")
+    return reason or "no convolution before it feeds it alone"

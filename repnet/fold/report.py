@@ -69,10 +69,15 @@ class FoldReport:
         if self.was_training:
             lines.append("the model was in training mode; its evaluation was folded")
         if self.graphs:
-            named = ", ".join(f"'{name}'" if name else "the model" for name in self.graphs)
+            named = ", ".join(_quoted(name) for name in self.graphs)
             lines.append(f"became graphs, because their forward adds branches: {named}")
-        lines += [f"skipped '{name}': {reason}" for name, reason in self.skipped.items()]
+        for name, reason in self.skipped.items():
+            lines.append(f"skipped {_quoted(name)}: {reason}")
         if self.left:
             lines.append(f"batch norms left: {', '.join(self.left)}")
         lines += [f"warning: {warning}" for warning in self.health]
         return "\n".join(lines)
+
+
+def _quoted(name: str) -> str:
+    return f"'{name}'" if name else "the model"

@@ -110,7 +110,7 @@ class Survey:
         return self._trust[frame]
 
     def _distrust(self, frame: Frame) -> str:
-        whose = f"the forward of '{frame.name}'" if frame.name else "the model's own forward"
+        whose = self.whose(frame)
         if frame.unclear:
             return f"{whose} cannot be followed: {frame.unclear}"
         if not frame.frozen:
@@ -123,6 +123,10 @@ class Survey:
                 "for one value, fold a module whose forward calls it with that value"
             )
         return ""
+
+    @staticmethod
+    def whose(frame: Frame) -> str:
+        return f"the forward of '{frame.name}'" if frame.name else "the model's own forward"
 
     def paths(self, frame: Frame) -> list[Frame]:
         """Return a frame for each way that the forward may take.
@@ -138,7 +142,7 @@ class Survey:
             try:
                 self._paths[frame] = explore(frame, is_opaque)
             except RecordingError as error:
-                whose = f"the forward of '{frame.name}'" if frame.name else "the model's forward"
+                whose = self.whose(frame)
                 self._paths[frame] = f"{whose} branches on sizes or values of its input ({error})"
         found = self._paths[frame]
         if isinstance(found, str):
