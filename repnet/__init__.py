@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from repnet.equivalence import Equivalence as Equivalence
     from repnet.equivalence import FoldMismatchError as FoldMismatchError
     from repnet.equivalence import compare as compare
+    from repnet.fold import FoldReport as FoldReport
     from repnet.fold import reparameterize as reparameterize
     from repnet.fold import reparameterize_graph as reparameterize_graph
     from repnet.kernel import ConvKernel as ConvKernel
     from repnet.kernel import NotFoldableError as NotFoldableError
     from repnet.models import create_model as create_model
     from repnet.models import list_models as list_models
-    from repnet.fold import FoldReport as FoldReport
     from repnet.surgery import overparameterize as overparameterize
     from repnet.symbolic import kernel_of as kernel_of
     from repnet.weights import convert_weights as convert_weights

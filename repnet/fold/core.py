@@ -390,7 +390,8 @@ class Folding:
         names = [tail, *(link.head.name for link in links)]
         first = [] if front is None else [front.name]
         norm = self._norm(links, 0) if links else None
-        layer = self._absorbed(tail, front and self._head(front), norm, [*first, *names])
+        before = None if front is None else self._head(front)
+        layer = self._absorbed(tail, before, norm, [*first, *names])
         put(tail, tail, layer, self._dtype([tail]))
         self._remove(tail, links, put)
         if front is not None:

@@ -150,7 +150,7 @@ class Kernels:
                         raise NotFoldableError("a tensor is kept in a container")
                     value = getattr(value, name)
             else:
-                args, kwargs = map_arg((node.args, node.kwargs), self.constant)  # type: ignore
+                args, kwargs = map_arg((node.args, node.kwargs), self.constant)
                 with torch.no_grad(), InFloat64():
                     value = _run(node, *self._placed(args, kwargs))
             self.constants[node] = value

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -282,9 +283,8 @@ class Chains:
             tail = self.tail(str(node.target))
             if tail is None:
                 continue
-            passed_on = (
-                result is node and own_tail == tail and len(users_of(node)) == 1 and frame.parent
-            )
+            alone = len(users_of(node)) == 1 and own_tail == tail
+            passed_on = alone and node is result and frame.parent
             if not passed_on:
                 sequences[tail].append(tuple(self._followers(frame, node)))
         self._bar_undecided(frame, barred)
@@ -569,7 +569,7 @@ def _moves_labels(path: list[fx.Node], channel_axis: int) -> bool:
     axis_shape[channel_axis] = -1
     labels = torch.arange(shape[channel_axis]).reshape(axis_shape).expand(shape)
     values: dict[fx.Node, Tensor] = {path[0]: labels}
-    for before, node in zip(path, path[1:], strict=False):
+    for before, node in pairwise(path):
         try:
             values[node] = _rearrange(node, {node.args[0]: values[before]})  # type: ignore[dict-item]
         except Exception:  # sizes from elsewhere

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import chain
 from types import CodeType
 from typing import Any
 
@@ -91,7 +92,7 @@ class Frame:
 
     Nodes have in `node.meta`: "shape" and "dtype" of a tensor; "constant" where no input reaches
     it; "escaped" where somebody keeps the tensor; "changed" where a view of it was changed in
-    place; "in_place" where the node changes its first argument; "frame" of a module that was called.
+    place; "in_place" where the node changes its first argument; "frame" where it calls a module.
 
     Args:
         recorder: of the run.
@@ -188,9 +189,9 @@ class Frame:
         decided = {d.node for d in self.decisions}
         for node in reversed(self.graph.nodes):
             # Sizes that were read and not used are no users of a tensor.
-            if node.op == "call_function" and not node.users and node not in decided:
-                if "shape" not in node.meta or node.target is getattr:
-                    self.graph.erase_node(node)
+            idle = node.op == "call_function" and not node.users and node not in decided
+            if idle and ("shape" not in node.meta or node.target is getattr):
+                self.graph.erase_node(node)
 
     def _rebuilt(self, value: Any) -> Any:
         """Return a value of the graph for an output, of the same class."""
@@ -453,7 +454,7 @@ _Tracked.__round__ = _arithmetic(round)  # type: ignore[attr-defined]
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(_Tracked, f"__{_name}__", _comparison(getattr(operator, _name)))
 _Tracked.__bool__ = _comparison(bool)  # type: ignore[attr-defined]
-_Tracked.__hash__ = _number(hash)
+_Tracked.__hash__ = _number(hash)  # type: ignore[method-assign]
 _Tracked.__int__ = _number(int)  # type: ignore[attr-defined]
 _Tracked.__float__ = _number(float)  # type: ignore[attr-defined]
 
@@ -567,7 +568,7 @@ class Recorder(TorchFunctionMode):
 
     def mark_escaped(self) -> None:
         """Mark the tensors that are still there, though nobody returned them."""
-        for frame in (f for frames in self.calls.values() for f in frames):
+        for frame in chain.from_iterable(self.calls.values()):
             for reference, node in frame.bound:
                 tensor = reference()
                 if tensor is None or id(tensor) in self.constants:
@@ -581,8 +582,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         if self.paused:
             if not self.inside_leaf and self.frames:
-                frame = self.frames[-1]
-                frame.unclear = "it calls a module from inside a torch function"
+                self.frames[-1].unclear = "it calls a module from inside a torch function"
             return original(module, *args, **kwargs)
         name = self.names.get(module)
         frame = self.frames[-1] if self.frames else None
@@ -820,7 +820,8 @@ def _sizes_followed(model: nn.Module) -> Iterator[None]:
         if not str(names.get("__name__", "torch")).startswith("torch."):
             namespaces[id(names)] = names
     for names in namespaces.values():
-        found = {"len": _len, "range": _range}
+        found: dict[str, Any] = {"len": _len, "range": _range}
+        found = {name: function for name, function in found.items() if name not in names}
         for name, value in names.items():
             if value is math:
                 found[name] = _Math()
@@ -884,7 +885,7 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
         recorder = Recorder(
             frame.module, lambda module, name: True, script=script, device=frame.recorder.device
         )
-        recorder.names = {m: n for m, n in frame.recorder.names.items()}
+        recorder.names = dict(frame.recorder.names)
         recorder.constants = frame.recorder.constants
         args, kwargs = _map(frame.inputs, _Shape, lambda shape: _empty(shape, frame.recorder))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -153,7 +154,7 @@ def reparameterize_graph(
     Example:
         >>> folded = reparameterize_graph(timm.create_model("repvgg_a0"), torch.randn(1, 3, 64, 64))
     """
-    return reparameterize(model, example_input, method="graph", return_report=return_report)  # type: ignore[call-overload,no-any-return]
+    return reparameterize(model, example_input, method="graph", return_report=return_report)  # type: ignore[call-overload]
 
 
 def _folding(source: nn.Module, survey: Survey, norms: Norms = "absorb", **options: Any) -> Folding:
@@ -187,10 +188,12 @@ def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldRepor
     }
     for name in survey.hooked & survey.frames.keys():
         stay[name] = "it has a forward hook, and so stays a module"
+
+    def is_inlined(name: str) -> bool:
+        return name not in stay and _home(name, survey) not in stay
+
     while True:
-        deep = _observed(
-            source, inputs, lambda name: name not in stay and _home(name, survey) not in stay
-        )
+        deep = _observed(source, inputs, is_inlined)
         graphs = [name for name in deep.frames if name not in stay]
         folding = _folding(source, deep, graphs=graphs)
         wrong = {n: r for n in graphs if (r := _differs(deep.frames[n]))}
@@ -199,7 +202,7 @@ def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldRepor
             wrong = {n: r for n, r in folding.excluded.items() if n in graphs}
         if not wrong:
             break
-        stay |= wrong
+        stay.update(wrong)
     for name, reason in stay.items():
         report.skipped.setdefault(name, f"its forward cannot be recorded: {reason}")
     report.checks = sum(len(deep.frames[n][0].decisions) for n in graphs)
@@ -249,7 +252,7 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
         except RefusedError as error:
             folding.excluded[error.name] = str(error)
             continue
-        report.proof, wrong = proof.culprits(built, lambda names: _subset(folding, plan, names))
+        report.proof, wrong = proof.culprits(built, partial(_subset, folding, plan))
         if not wrong:
             wrong = _cast(built, source)
         if not wrong:

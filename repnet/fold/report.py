@@ -35,7 +35,7 @@ class FoldReport:
         left: names of the batch norms that remain.
         checks: number of values on which forward branches, and which a graph compares with those
             of the recorded run, so that it may refuse an input of another size.
-        was_training: whether the model came in training mode; the folded copy is in evaluation mode.
+        was_training: whether the model came in training mode; the copy is in evaluation mode.
         proof: comparison in float64 on the example input; None on the meta device.
         cast: outputs of the folded model as it is stored and runs, beside the exact ones.
         health: what looks wrong in the norms of the model or in the folded weights.

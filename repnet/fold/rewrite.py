@@ -35,9 +35,9 @@ def copy_with(source: Module, replaced: Mapping[int, Any]) -> Module:
 def with_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
     """Return `new` with the attributes that others hung on `old`, such as tags and indices."""
     for key, value in vars(old).items():
-        if not key.startswith("_") and key not in vars(new) and key != "original_bias":
-            if not callable(value) and not hasattr(type(new), key):
-                vars(new)[key] = deepcopy(value, kept_tensors(old))
+        own = key.startswith("_") or key == "original_bias" or callable(value)
+        if not own and key not in vars(new) and not hasattr(type(new), key):
+            vars(new)[key] = deepcopy(value, kept_tensors(old))
     return new
 
 
@@ -109,16 +109,18 @@ def graph_of(
     built.training = False
     alone = [n for n in built.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     new: nn.Module = built
-    if without and not guarded and len(alone) <= 1 and len(_inputs(built.graph)) == 1:
-        new = home.get_submodule(str(alone[0].target)) if alone and _is_call(alone[0]) else built
-        new = identity_like(original) if not alone else new
+    if without and len(alone) <= 1 and len(_inputs(built.graph)) == 1:  # what follows a norm
+        if not alone:
+            new = identity_like(original)
+        elif _is_call(alone[0]):
+            new = home.get_submodule(str(alone[0].target))
     if new is built:
         with_attributes(built, original)
     if home is model:
         return new
     for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is home:
+        for key, part in parent._modules.items():
+            if part is home:
                 parent._modules[key] = new
     return model
 
@@ -164,7 +166,7 @@ def _check_targets(
             copy.target = inside[id(module)]
         elif node.op == "get_attr":
             owner, _, key = str(node.target).rpartition(".")
-            module = survey.every_name.get(owner)  # type: ignore[assignment]
+            module = survey.every_name.get(owner)
             if module is None or id(module) not in inside:
                 raise GraphError(f"it reads '{node.target}', which it does not hold")
             prefix = inside[id(module)]
@@ -198,7 +200,7 @@ def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> N
             and len(node.args) == 1
         )
         if idle:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
         pure = node.op in ("call_function", "call_method") and not (
             node.meta.get("in_place") or node.target in (same_as_recorded, tensor_as_recorded)
         )

@@ -194,7 +194,7 @@ class Survey:
         return self._below[name]
 
     def callers_outside(self, name: str) -> str:
-        """Return a module inside of `name` that is also called from elsewhere; "" if there is none."""
+        """Return a module in `name` that is also called from elsewhere; "" if there is none."""
         for inner in self.below(name):
             if inner == name:
                 continue
