@@ -255,9 +255,13 @@ def foldable_blocks(network: nn.Module, example_input: Any) -> list[FoldableBloc
         try:  # without values the algebra costs nothing
             sketch = twin(source, device="meta")
             example = tree_map(without_values, example_input)
-            folded, report = reparameterize(sketch, example, norms="keep", return_report=True)
+            folded, report = reparameterize(
+                sketch, example, norms="keep", method="modules", return_report=True
+            )
         except ValueError:  # forward reads values
-            folded, report = reparameterize(source, example_input, norms="keep", return_report=True)
+            folded, report = reparameterize(
+                source, example_input, norms="keep", method="modules", return_report=True
+            )
     blocks = []
     for fold in report.folded:
         layers = (m for m in folded.get_submodule(fold.name).modules() if isinstance(m, Layer))

@@ -160,7 +160,12 @@ def _verify(
         raise InputError(f"the {settings.split} split is empty")
     example = first[0][:PROOF_SAMPLES].to(device)
     with _timed(seconds, "fold"):
-        folded, folds = reparameterize(train_form, example, return_report=True)
+        # A graph has no description that `model.json` could hold.
+        folded, folds = reparameterize(train_form, example, method="modules", return_report=True)
+        for name, reason in folds.put_back.items():
+            raise FoldMismatchError(
+                f"block '{name}' differs from its original: {reason}", name, folds.proof
+            )
     report |= findings.of_fold(folds)
     check_structure(train_form, folded, allow_norms=settings.allow_norms)
     deploy_form = _reloaded(folded, architecture, settings.trust).to(device)

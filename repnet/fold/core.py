@@ -197,8 +197,6 @@ class Folding:
         computed = any(kernels.weight(n) is not None and _is_computed(n) for n in calls)
         if not convolutions:
             raise NotAffineError("it holds no convolution, and norms alone never become one")
-        if layers < 2 and not computed:
-            raise NotAffineError("it is one layer already")
         if self.norms == "keep" and not computed and self._is_plain(frame):
             raise NotAffineError("it is a convolution with its norm")
         kernel = kernels.frame(frame, kernels.identity(given))
@@ -222,7 +220,12 @@ class Folding:
                 f"one convolution would be larger: {new_cost:,} instead of {cost:,} "
                 f"multiplications, {new_size:,} instead of {size:,} values"
             )
-        as_module(kernel, like=nn.Module())
+        layer = as_module(kernel, like=nn.Module())
+        if layers < 2 and not computed:
+            steps = [n for n in calls if "shape" in n.meta and not n.meta.get("constant")]
+            steps = [n for n in steps if n.op != "placeholder" and not is_identity(n)]
+            if len(steps) <= (len(layer) if isinstance(layer, nn.Sequential) else 1):
+                raise NotAffineError("it is one layer already")
 
     def _is_plain(self, frame: Frame) -> bool:
         """Return whether layers follow each other and a norm comes last, as in plain networks."""
@@ -364,6 +367,13 @@ class Folding:
             guarded = self.forced is not None
             with _named(name):
                 model = graph_of(model, self.survey, frame, layers[name], guarded=guarded)
+        graph_of_call = {  # a call that a graph leaves out cannot be seen any more
+            str(n.target): name
+            for name in plan.graphs
+            for n in self.survey.frames[name][0].graph.nodes
+            if n.op == "call_module"
+        }
+        folds = [(fold, graph_of_call.get(name, name)) for fold, name in folds]
         order = {name: n for n, name in enumerate(self.survey.modules)}
         folds.sort(key=lambda item: order.get(item[0].name, len(order)))
         return Built(model, folds, list(plan.graphs), made)

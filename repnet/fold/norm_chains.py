@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.convolution import Layer
 from repnet.fold.kernels import CONVOLVING, Kernels
@@ -426,7 +427,7 @@ class Chains:
                         node, {node.args[0]: self.kernels.identity(node.args[0])}
                     )
                 except NotFoldableError as error:
-                    if any(True for _ in survey.modules[name].buffers()):
+                    if isinstance(survey.modules[name], _BatchNorm):
                         self.reasons.setdefault(name, str(error))
                     return None
                 return Head(name, kernel.axes) if _is_scaling(kernel) else None

@@ -95,7 +95,7 @@ class _Observer:
         with mode, device, torch.random.fork_rng(devices=[]):
             output = recorder.run(*given)
         if not gradients:
-            recorder.mark_escaped()
+            recorder.mark_escaped(output)
         del output, given
         return recorder
 

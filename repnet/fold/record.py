@@ -566,12 +566,17 @@ class Recorder(TorchFunctionMode):
         if not self.watched:
             sys.setprofile(None)
 
-    def mark_escaped(self) -> None:
-        """Mark the tensors that are still there, though nobody returned them."""
+    def mark_escaped(self, output: Any) -> None:
+        """Mark the tensors that are still there, though nobody returned them.
+
+        Args:
+            output: of the run; what it is a view of is there for its sake.
+        """
+        bases = {id(t._base) for t in tensors_in(output) if t._base is not None}
         for frame in chain.from_iterable(self.calls.values()):
             for reference, node in frame.bound:
                 tensor = reference()
-                if tensor is None or id(tensor) in self.constants:
+                if tensor is None or id(tensor) in self.constants or id(tensor) in bases:
                     continue
                 if not any(r() is tensor for r in frame.returned):
                     node.meta["escaped"] = True

@@ -133,7 +133,7 @@ class Regions:
                 nodes = self._between(root, node)
                 if taken & set(nodes) or not self._is_better(root, nodes, kernel):
                     continue
-                region = Region(root, nodes, self._name(nodes), self.frame)
+                region = Region(root, nodes, self._free(self._name(nodes), nodes), self.frame)
                 if self.wanted(region):
                     taken |= set(nodes)
                     regions.append(region)
@@ -246,6 +246,20 @@ class Regions:
             if size > area:
                 best, area = name, size
         return best
+
+    def _free(self, name: str, nodes: tuple[fx.Node, ...]) -> str:
+        """Return a name for a new layer that nothing outside needs."""
+        inside = {*nodes, *sources_of(nodes)}
+        needed = any(
+            node not in inside
+            and node.op in ("call_module", "get_attr")
+            and str(node.target).startswith(f"{name}.")
+            for node in self.graph.nodes
+        )
+        if not name or name == self.frame or needed:
+            prefix = f"{self.frame}." if self.frame else ""
+            return prefix + f"{name[len(prefix) :]}_folded".lstrip("_").replace(".", "_")
+        return name
 
     def _kernel_area(self, node: fx.Node) -> tuple[int, str]:
         """Return the positions of the largest kernel that a node runs, and its name."""

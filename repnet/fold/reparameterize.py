@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.equivalence import Inputs
@@ -253,8 +253,8 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
             folding.excluded[error.name] = str(error)
             continue
         report.proof, wrong = proof.culprits(built, partial(_subset, folding, plan))
-        if not wrong:
-            wrong = _cast(built, source)
+        report.put_back |= wrong
+        wrong = wrong or _cast(built)
         if not wrong:
             break
         folding.excluded |= wrong
@@ -274,6 +274,8 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
             *weight_health(built.model, [m for _, m, _ in built.made]),
         ]
     _report_norms(report, survey, built.model, plan)
+    if folding.norms == "keep":
+        report.skipped |= dict.fromkeys((n for n in report.left if survey.ran(n)), "norms='keep'")
     return built.model, report
 
 
@@ -294,7 +296,7 @@ def _subset(folding: Folding, plan: Plan, names: set[str]) -> Built:
     )
 
 
-def _cast(built: Built, source: nn.Module) -> dict[str, str]:
+def _cast(built: Built) -> dict[str, str]:
     """Store the new layers in their dtypes; return those that do not fit, with the reason."""
     wrong: dict[str, str] = {}
     for name, layer, dtype in built.made:
@@ -343,6 +345,10 @@ def _why_left(survey: Survey, name: str) -> str:
         return "it was not run on the example input"
     if name in survey.hooked:
         return f"'{name}' has a forward hook; remove it first"
-    callers = [frame for frame, _ in survey.leaves.get(name, ())]
-    reason = next((r for f in callers if (r := survey.distrust(f))), "")
+    reason = ""
+    for frame, node in survey.leaves.get(name, ()):
+        before = node.args[0] if node.args else None
+        if isinstance(before, fx.Node) and str(before.target) in survey.hooked:
+            reason = f"'{before.target}' has a forward hook; remove it first"
+        reason = reason or survey.distrust(frame)
     return reason or "no convolution before it feeds it alone"

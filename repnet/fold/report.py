@@ -32,6 +32,7 @@ class FoldReport:
         graphs: names of the modules that became graphs, because their forward wrote branches.
         skipped: reason by module name, for blocks that are not one convolution and for every batch
             norm that remains.
+        put_back: the part of `skipped` that was folded and failed its proof.
         left: names of the batch norms that remain.
         checks: number of values on which forward branches, and which a graph compares with those
             of the recorded run, so that it may refuse an input of another size.
@@ -45,6 +46,7 @@ class FoldReport:
     folded: list[Fold] = field(default_factory=list)
     graphs: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    put_back: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     checks: int = 0
     was_training: bool = False

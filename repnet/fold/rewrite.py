@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from repnet.fold.record import Frame
-from repnet.fold.regions import Region
-from repnet.fold.survey import Survey, is_identity, users_of
+from repnet.fold.regions import Region, sources_of
+from repnet.fold.survey import Survey, is_identity
 from repnet.symbolic import kept_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -78,8 +78,11 @@ def graph_of(
     added: dict[str, nn.Module] = {}
     gone: set[str] = set()
     for region, layer in layers.items():
+        for source in sources_of(region.nodes):
+            owner = str(source.target).rpartition(".")[0]
+            if source.op == "get_attr" and owner != frame.name and not survey.ran(owner):
+                gone.add(_relative(frame.name, owner))
         name = _relative(frame.name, region.name)
-        name = _free(name, region, frame)
         with graph.inserting_before(copied[region.nodes[0]]):
             call = graph.call_module(name, (copied[region.root],))
         copied[region.end].replace_all_uses_with(call)
@@ -106,7 +109,9 @@ def graph_of(
     for name, child in home.named_children():
         if name not in built._modules and name not in gone and name not in added:
             built.add_module(name, child)  # others may read it
-    built.training = False
+    for part in built.modules():
+        if part is built or type(part) is nn.Module:  # made by fx, to hold what it calls
+            part.training = False
     alone = [n for n in built.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     new: nn.Module = built
     if without and len(alone) <= 1 and len(_inputs(built.graph)) == 1:  # what follows a norm
@@ -119,8 +124,8 @@ def graph_of(
     if home is model:
         return new
     for parent in list(model.modules()):
-        for key, part in parent._modules.items():
-            if part is home:
+        for key, module in parent._modules.items():
+            if module is home:
                 parent._modules[key] = new
     return model
 
@@ -171,22 +176,6 @@ def _check_targets(
                 raise GraphError(f"it reads '{node.target}', which it does not hold")
             prefix = inside[id(module)]
             copy.target = f"{prefix}.{key}" if prefix else key
-
-
-def _free(name: str, region: Region, frame: Frame) -> str:
-    """Return a name for a new layer that nothing else in the graph needs."""
-    full = region.name
-    nodes = set(region.nodes)
-    needed = any(
-        node not in nodes
-        and node.op in ("call_module", "get_attr")
-        and str(node.target).startswith(f"{full}.")
-        and (node.op == "call_module" or any(user not in nodes for user in users_of(node)))
-        for node in frame.graph.nodes
-    )
-    if not name or name == frame.name or needed:
-        return f"{name}_folded".lstrip("_").replace(".", "_")
-    return name
 
 
 def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> None:

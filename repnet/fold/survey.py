@@ -23,6 +23,8 @@ def is_opaque(module: nn.Module, name: str = "") -> bool:
 def is_identity(node: fx.Node) -> bool:
     """Return whether a call of a module returns its argument, as dropout does in evaluation."""
     child: Frame | None = node.meta.get("frame")
+    if node.meta.get("hooked"):
+        return False
     if child is not None:
         return {n.op for n in child.graph.nodes} <= {"placeholder", "output"} and not child.unclear
     return bool(node.meta.get("identity"))
@@ -82,6 +84,10 @@ class Survey:
                             self.modules[name], nn.Identity
                         )
         self.hooked = {name for name, module in self.modules.items() if has_hooks(module)}
+        for run in runs:
+            for frame in chain.from_iterable(run.calls.values()):
+                for node in frame.graph.nodes:
+                    node.meta["hooked"] = node.op == "call_module" and node.target in self.hooked
         self.owners: dict[int, set[str]] = defaultdict(set)  # modules by their tensors
         for name, module in self.modules.items():
             for tensor in chain(module.parameters(False), module.buffers(False)):

@@ -41,7 +41,9 @@ def fold_branches(network: nn.Module, batches: Iterable[Any]) -> list[str]:
     inputs = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
     if not inputs:
         raise InputError("fold_branches needs a batch; got none")
-    folded, report = reparameterize(network, inputs[0][:2], norms="keep", return_report=True)
+    folded, report = reparameterize(
+        network, inputs[0][:2], norms="keep", method="modules", return_report=True
+    )
     names = [fold.name for fold in report.folded]
     if "" in names:
         raise InputError(f"the whole {type(network).__name__} is one convolution")

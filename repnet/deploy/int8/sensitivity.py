@@ -95,7 +95,7 @@ def require_folded(model: nn.Module, images: Tensor) -> None:
     """
     if getattr(model, "reparameterized", None) == "absorb":
         return
-    _, report = reparameterize(model, images, return_report=True)
+    _, report = reparameterize(model, images, method="modules", return_report=True)
     if not report.folded:
         return
     first = report.folded[0]
