@@ -512,7 +512,7 @@ class Folding:
 
     def _layer_kernel(self, name: str) -> ConvKernel:
         """Return the kernel of a convolution or linear layer, with values."""
-        layer = self.survey.modules[name]
+        layer = self.kernels.modules[name]  # in evaluation: reading a computed weight may change it
         assert isinstance(layer, Layer)
         device = next(iter(self.source.parameters())).device
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
@@ -520,7 +520,7 @@ class Folding:
             channels, axes=layer.weight.ndim - 2, dtype=torch.float64, device=device
         )
         with InFloat64():
-            kernel = self.kernels.modules[name](identity)
+            kernel = layer(identity)
         assert isinstance(kernel, ConvKernel)
         return kernel
 

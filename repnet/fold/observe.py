@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any
@@ -101,9 +101,15 @@ class _Observer:
 
     def second(self, copy: nn.Module, inputs: Inputs) -> list[Recorder]:
         """Return a run on other sizes, in another dtype and with gradients, as far as possible."""
+        if self.inlined is None:
+            return self._first(copy, _varied(inputs))
+        # A graph may be of one size: what else it depends on is seen with this size.
+        return [*self._first(copy, [(inputs, True)]), *self._first(copy, _varied(inputs))]
+
+    def _first(self, copy: nn.Module, varied: Iterable[tuple[Inputs, bool]]) -> list[Recorder]:
+        """Return the first run that is possible."""
         meta = any(t.is_meta for t in chain(copy.parameters(), copy.buffers()))
-        same = [] if self.inlined is None else [(inputs, True)]  # a graph may be of one size
-        for other, complete in [*same, *_varied(inputs)]:
+        for other, complete in varied:
             floating = {t.dtype for t in copy.parameters() if t.is_floating_point()}
             dtype = torch.float32 if torch.float64 in floating else torch.float64
             if meta:

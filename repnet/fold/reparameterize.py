@@ -348,7 +348,9 @@ def _why_left(survey: Survey, name: str) -> str:
     reason = ""
     for frame, node in survey.leaves.get(name, ()):
         before = node.args[0] if node.args else None
-        if isinstance(before, fx.Node) and str(before.target) in survey.hooked:
-            reason = f"'{before.target}' has a forward hook; remove it first"
+        beside = [before, *before.users] if isinstance(before, fx.Node) else []
+        hooked = next((str(n.target) for n in beside if str(n.target) in survey.hooked), None)
+        if hooked is not None:
+            reason = f"'{hooked}' has a forward hook; remove it first"
         reason = reason or survey.distrust(frame)
     return reason or "no convolution before it feeds it alone"

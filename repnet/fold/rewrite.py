@@ -105,9 +105,10 @@ def graph_of(
         node.meta.clear()  # sizes of the example
     for name in gone - set(added):  # others may hold it, and nobody calls it
         owner, _, key = name.rpartition(".")
-        home.get_submodule(owner)._modules[key] = nn.Identity().eval()
+        part = home.get_submodule(owner)
+        part._modules[key] = identity_like(part.get_submodule(key))
     for name, child in home.named_children():
-        if name not in built._modules and name not in gone and name not in added:
+        if name not in {*built._modules, *gone, *added} and not guarded:
             built.add_module(name, child)  # others may read it
     for part in built.modules():
         if part is built or type(part) is nn.Module:  # made by fx, to hold what it calls
