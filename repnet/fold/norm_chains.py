@@ -316,13 +316,11 @@ class Chains:
     def _followers(self, frame: Frame, begin: fx.Node) -> list[tuple[Link, fx.Node]]:
         """Return what alone consumes the output of a layer, one after the other."""
         links: list[tuple[Link, fx.Node]] = []
-        module = self.survey.modules[str(begin.target)]
         channel_axis = -1 if isinstance(self._layer(begin), nn.Linear) else 1
         if "shape" not in begin.meta or len(begin.meta["shape"]) < 2:
             return links
         channels = begin.meta["shape"][channel_axis]
         node, start, path, total = begin, 0, [begin], channels
-        del module
         while not (node.meta.get("escaped") or node.meta.get("changed")):
             users = users_of(node)
             if len(users) != 1 or users[0] in self.taken:
@@ -339,9 +337,7 @@ class Chains:
                         break
                     links.append((Link(head, start, start + channels), user))
                     if head.prefix or head.name != str(user.target):
-                        whole = self._whole_head(str(user.target), head)
-                        if not whole:
-                            break
+                        break  # the module goes on after it
             elif _name(user) in ("cat", "concat", "concatenate"):
                 if len(path) > 1 or channel_axis != 1 or total != channels:
                     break
@@ -360,10 +356,6 @@ class Chains:
                 path.append(user)
             node = user
         return links
-
-    def _whole_head(self, name: str, head: Head) -> bool:
-        """Return whether a module is nothing but its head."""
-        return name == head.name and not head.prefix
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         tail = self.tail(str(node.target))
