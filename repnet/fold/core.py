@@ -230,13 +230,21 @@ class Folding:
     def _is_plain(self, frame: Frame) -> bool:
         """Return whether layers follow each other and a norm comes last, as in plain networks."""
         if frame not in self._plain:
-            self._plain[frame] = not hasattr(frame.module, "original_bias") and all(
+            nodes = list(frame.graph.nodes)
+            row = not hasattr(frame.module, "original_bias") and all(
                 (n.op not in ("call_function", "call_method") or n.meta.get("constant"))
                 and len(readers_of(n)) <= 1
-                and (n.meta.get("frame") is None or self._is_plain(n.meta["frame"]))
-                for n in frame.graph.nodes
+                for n in nodes
+            )
+            last = self.survey.output(frame)
+            self._plain[frame] = row and (
+                (last is not None and isinstance(self._module(last), _BatchNorm))
+                or all("frame" not in n.meta or self._is_plain(n.meta["frame"]) for n in nodes)
             )
         return self._plain[frame]
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.survey.modules[str(node.target)] if node.op == "call_module" else None
 
     def _regions(self, name: str) -> list[Region]:
         """Plan the regions of one forward."""

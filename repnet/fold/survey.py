@@ -80,7 +80,8 @@ class Survey:
                 self.leaves[name] += calls
                 if isinstance(self.modules[name], nn.Identity | _DropoutNd):
                     for _, node in calls:
-                        node.meta["identity"] = not self.modules[name].training or isinstance(
+                        training = self.modules[name].training and not model.training
+                        node.meta["identity"] = not training or isinstance(
                             self.modules[name], nn.Identity
                         )
         self.hooked = {name for name, module in self.modules.items() if has_hooks(module)}
