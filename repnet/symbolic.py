@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -107,10 +108,11 @@ def twin(
     shared = {**kept_tensors(module), **shared}
     if device is not None:
         for key, tensor in shared.items():
-            moved = tensor.detach().to(device)
             if isinstance(tensor, nn.Parameter):
-                moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
-            shared[key] = moved
+                moved = tensor.detach().to(device)
+                shared[key] = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+            elif isinstance(tensor, Tensor):
+                shared[key] = tensor.to(device)
     try:
         copy = deepcopy(module, {**shared, **(replaced or {})})
     except Exception as error:  # a module may hold anything
@@ -120,15 +122,28 @@ def twin(
     return copy
 
 
-def kept_tensors(module: nn.Module) -> dict[int, Tensor]:
+def kept_tensors(module: nn.Module) -> dict[int, Any]:
     """Return copies of buffers and plain attributes by the identity of the tensors.
 
     torch itself does not copy a tensor that a gradient can flow back from, which a forward may
-    have kept.
+    have kept. The empty dicts of hooks, which a deep copy would spend most of its time on, are
+    copied, too.
     """
-    inner = ("_parameters", "_modules")
-    kept = [v for m in module.modules() for k, v in vars(m).items() if k not in inner]
-    return {id(t): t.detach().clone() for t in tree_leaves(kept) if isinstance(t, Tensor)}
+    found: dict[int, Tensor] = {}
+    hooks: dict[int, Any] = {}
+    for m in module.modules():
+        for key, value in vars(m).items():
+            if isinstance(value, Tensor):
+                found[id(value)] = value
+            elif type(value) is OrderedDict and not value:
+                hooks[id(value)] = OrderedDict()
+            elif (
+                key not in ("_parameters", "_modules")
+                and value
+                and isinstance(value, dict | list | tuple)
+            ):
+                found |= {id(t): t for t in tree_leaves(value) if isinstance(t, Tensor)}
+    return {**hooks, **{key: tensor.detach().clone() for key, tensor in found.items()}}
 
 
 def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -28,7 +28,7 @@ from repnet.convolution import Layer, as_module
 from repnet.fold.kernels import TRANSPOSED, Kernels
 from repnet.fold.norm_chains import Chains, Head, Link, prefix_of
 from repnet.fold.record import Frame
-from repnet.fold.regions import Region, Regions, tensors_of
+from repnet.fold.regions import Region, Regions, sources_of, tensors_of
 from repnet.fold.report import Fold
 from repnet.fold.rewrite import GraphError, copy_with, graph_of, identity_like, with_attributes
 from repnet.fold.survey import Survey, is_identity, readers_of, within
@@ -105,8 +105,6 @@ class Folding:
     Args:
         source: the model; not changed.
         survey: of runs of it.
-        sketch: a copy of it without hooks and values.
-        real: a copy of it that shares its tensors, without hooks.
         norms: see `reparameterize`.
         graphs: names of the modules that become graphs in any case; None to write only those where
             a forward holds branches.
@@ -117,8 +115,6 @@ class Folding:
         self,
         source: nn.Module,
         survey: Survey,
-        sketch: nn.Module,
-        real: nn.Module,
         norms: Norms = "absorb",
         *,
         graphs: Sequence[str] | None = None,
@@ -126,8 +122,8 @@ class Folding:
     ) -> None:
         self.source, self.survey, self.norms = source, survey, norms
         self.forced, self.edit_only = graphs, edit_only
-        self.sketch = Kernels(sketch, survey.is_uniform)
-        self.kernels = Kernels(real, survey.is_uniform)
+        self.sketch = Kernels(survey.sketch.double(), survey.is_uniform)
+        self.kernels = Kernels(source, survey.is_uniform)
         self.excluded: dict[str, str] = {}  # reason by name of a fold that failed
         self._plain: dict[Frame, bool] = {}
 
@@ -355,6 +351,8 @@ class Folding:
                 self._build_row(region, put, folds)
         layers: dict[str, dict[Region, nn.Module]] = {}
         for name, regions in plan.graphs.items():
+            for part in self._parts(name, regions):
+                replaced[id(part)] = identity_like(part)  # others may hold it, and nobody calls it
             layers[name] = {}
             signatures: dict[Any, nn.Module] = {}
             for region in regions:
@@ -385,6 +383,18 @@ class Folding:
         order = {name: n for n, name in enumerate(self.survey.modules)}
         folds.sort(key=lambda item: order.get(item[0].name, len(order)))
         return Built(model, folds, list(plan.graphs), made)
+
+    def _parts(self, name: str, regions: Sequence[Region]) -> Iterator[nn.Module]:
+        """Yield the modules of which nothing is left in a graph but the new layers."""
+        nodes = [n for region in regions for n in (*region.nodes, *sources_of(region.nodes))]
+        for node in nodes:
+            target = str(node.target)
+            owner = target.rpartition(".")[0]
+            if node.op == "call_module":
+                yield self.survey.modules[target]
+            elif node.op == "get_attr" and owner != name and not self.survey.ran(owner):
+                part = self.survey.every_name[owner]
+                yield from [part] if not any(part.children()) else []
 
     def _build_whole(self, name: str, plan: Plan, put: Any, folds: list[Any]) -> None:
         links = plan.chains.get(name, ())
@@ -520,7 +530,7 @@ class Folding:
 
     def _layer_kernel(self, name: str) -> ConvKernel:
         """Return the kernel of a convolution or linear layer, with values."""
-        layer = self.kernels.modules[name]  # in evaluation: reading a computed weight may change it
+        layer = self.survey.modules[name]
         assert isinstance(layer, Layer)
         device = next(iter(self.source.parameters())).device
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
@@ -528,7 +538,7 @@ class Folding:
             channels, axes=layer.weight.ndim - 2, dtype=torch.float64, device=device
         )
         with InFloat64():
-            kernel = layer(identity)
+            kernel = layer.forward(identity)
         assert isinstance(kernel, ConvKernel)
         return kernel
 

@@ -38,7 +38,7 @@ class Kernels:
     """Runs the nodes of frames on kernels, in float64.
 
     Args:
-        model: whose frames they are: a copy without hooks, on the meta device for shapes alone.
+        model: whose frames they are; a copy on the meta device for shapes alone.
         is_uniform: whether every call of a module, by its name, does the same.
     """
 
@@ -138,7 +138,7 @@ class Kernels:
         if module.training and isinstance(module, _BatchNorm | _DropoutNd):
             raise NotFoldableError("it is in training mode")
         with InFloat64():
-            return module(identity)
+            return module.forward(identity)  # without hooks, which are anyone's code
 
     def constant(self, node: fx.Node) -> Any:
         """Return the value of a node that no input reaches."""

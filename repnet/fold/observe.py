@@ -35,27 +35,22 @@ def observe(
     """
     observer = _Observer(model, inlined)
     without = Inputs(*tree_map(without_values, (inputs.args, inputs.kwargs or {})))
-    copy = prepared_copy(model, device="meta")
+    sketch = twin(model, device="meta")
     try:
-        return Survey(model, [observer.run(copy, without), *observer.second(copy, without)])
+        runs = [observer.run(sketch, without), *observer.second(sketch, without)]
+        return Survey(model, runs, sketch)
     except Exception:  # forward reads values, or a function is not implemented without them
-        pass
-    copy = prepared_copy(model)
+        sketch = twin(model, device="meta")
+    copy = twin(model)
     try:
-        return Survey(model, [observer.run(copy, inputs), *observer.second(copy, inputs)])
+        return Survey(model, [observer.run(copy, inputs), *observer.second(copy, inputs)], sketch)
     except Exception:
         pass
     try:
         with InFloat64():
-            return Survey(model, [observer.run(prepared_copy(model), inputs)])
+            return Survey(model, [observer.run(twin(model), inputs)], sketch)
     except Exception as error:  # forward is anyone's code
         raise RecordingError(str(error)) from error
-
-
-def prepared_copy(model: nn.Module, device: str | None = None) -> nn.Module:
-    """Return a copy that shares its tensors; in evaluation mode if the model is in training."""
-    copy = twin(model, device=device)
-    return copy.eval() if model.training else copy
 
 
 def without_values(value: Any) -> Any:

@@ -28,10 +28,11 @@ class Proof:
     Args:
         source: the model.
         inputs: of it.
+        has_state: whether a run may leave something behind, so that copies have to run.
     """
 
-    def __init__(self, source: nn.Module, inputs: Inputs) -> None:
-        self.source, self.inputs = source, inputs
+    def __init__(self, source: nn.Module, inputs: Inputs, *, has_state: bool = True) -> None:
+        self.source, self.inputs, self.has_state = source, inputs, has_state
         self.exact: list[Any] = []  # what the model returned last
         self.has_values = not any(t.is_meta for t in (*source.parameters(), *source.buffers()))
         self.in_float64 = True
@@ -47,21 +48,23 @@ class Proof:
         """
         if not self.has_values:
             return None
-        reference = twin(self.source)  # a run may keep things aside, which must not stay in it
-        reference.register_forward_hook(lambda module, args, output: self.exact.append(output))
+        reference = self._runnable(self.source)
+        keep = reference.register_forward_hook(lambda m, args, output: self.exact.append(output))
         names = list(dict.fromkeys(name for _, name in built.folds))
-        if self.in_float64:
-            inputs = self.inputs.to(torch.float64)
-            self.exact.clear()
-            try:
-                with InFloat64():
-                    return compare(reference, twin(built.model), [inputs], names=names)
-            except FoldMismatchError:
-                raise
-            except Exception:  # forward is anyone's code
-                self.in_float64 = False
-        self.exact.clear()
         try:
+            if self.in_float64:
+                inputs = self.inputs.to(torch.float64)
+                self.exact.clear()
+                try:
+                    with InFloat64():
+                        return compare(
+                            reference, self._runnable(built.model), [inputs], names=names
+                        )
+                except FoldMismatchError:
+                    raise
+                except Exception:  # forward is anyone's code
+                    self.in_float64 = False
+            self.exact.clear()
             return compare(reference, _cast(built), [self.inputs], names=names)
         except FoldMismatchError:
             raise
@@ -69,6 +72,11 @@ class Proof:
             if self.exact:
                 return None  # it returns nothing that could be compared
             raise ValueError(f"the model cannot run on example_input: {error}") from error
+        finally:
+            keep.remove()
+
+    def _runnable(self, model: nn.Module) -> nn.Module:
+        return twin(model) if self.has_state else model
 
     def tolerances(self, found: Equivalence) -> tuple[float, float]:
         """Return the largest relative error of a block, and of the outputs."""
@@ -142,7 +150,7 @@ class Proof:
         """Compare the copy as it is stored and runs with the exact outputs of the model."""
         if not self.exact:
             return None
-        stored = _Stored(twin(built.model), [dtype for _, _, dtype in built.made])
+        stored = _Stored(self._runnable(built.model), [dtype for _, _, dtype in built.made])
         try:
             return compare(_Recalled(self.exact), stored, [self.inputs], names=[])
         except ValueError:  # it returns nothing that could be compared

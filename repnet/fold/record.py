@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect, map_aggregate
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from repnet import meta
 from repnet.equivalence import tensors_in
 
 # Read values of a tensor into Python.
@@ -713,7 +713,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.paused or not self.frames:
-            return _run(func, args, kwargs)
+            return meta.run(func, args, kwargs)
         with self._pause():
             return self._seen(func, args, kwargs)
 
@@ -787,7 +787,7 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         nodes = frame.node(args), frame.node(kwargs)
         versions = [_version(t) for t in tensors]
-        output = _run(func, _map(args, Tensor, _same), _map(kwargs, Tensor, _same))
+        output = meta.run(func, _map(args, Tensor, _same), _map(kwargs, Tensor, _same))
         changes = any(_version(t) != v for t, v in zip(tensors, versions, strict=True))
         if not changes and not _holds_tensors(output):
             return output
@@ -951,12 +951,6 @@ def _positional(
 
 def _state(module: nn.Module) -> dict[str, Any]:
     return {k: weakref.ref(v) if isinstance(v, Tensor) else v for k, v in vars(module).items()}
-
-
-def _run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func is functional.batch_norm and args and args[0].is_meta:
-        return args[0].clone()  # the same without values, and a hundred times as fast
-    return func(*args, **kwargs)
 
 
 @has_side_effect

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, overload
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.equivalence import Inputs
 from repnet.fold.core import Built, Folding, Norms, Plan, RefusedError
-from repnet.fold.observe import observe, prepared_copy
+from repnet.fold.observe import observe
 from repnet.fold.proof import Proof
 from repnet.fold.record import VALUES, Frame, RecordingError
 from repnet.fold.report import FoldReport
@@ -22,6 +21,7 @@ from repnet.fold.survey import Survey, within
 from repnet.health import norm_health, weight_health
 from repnet.kernel import NotFoldableError
 from repnet.surroundings import prepared
+from repnet.symbolic import twin
 
 Method = Literal["auto", "modules", "graph"]
 MOST_ATTEMPTS = 20  # at a fold that holds
@@ -99,6 +99,10 @@ def reparameterize(
     if norms == "keep" and method == "graph":
         raise ValueError("norms='keep' needs modules: a graph has no plain architecture")
     source, inputs = prepared(model), Inputs.of_example(example_input)
+    if any(m.training for m in source.modules()):
+        source = twin(source)  # a run may change statistics
+        if model.training:
+            source.eval()
     if norms == "keep" and getattr(source, "reparameterized", None) == "absorb":
         raise NotFoldableError(
             f"the norms of this {type(source).__name__} were absorbed already, so that "
@@ -108,7 +112,7 @@ def reparameterize(
         folded, report = _fold_graph(source, inputs)
     else:
         survey = _observed(source, inputs)
-        folding = _folding(source, survey, norms, edit_only=method == "modules")
+        folding = Folding(source, survey, norms, edit_only=method == "modules")
         folded, report = _fold(folding, inputs)
     report.method = method
     folded.reparameterized = norms  # type: ignore[assignment]
@@ -157,25 +161,12 @@ def reparameterize_graph(
     return reparameterize(model, example_input, method="graph", return_report=return_report)  # type: ignore[call-overload]
 
 
-def _folding(source: nn.Module, survey: Survey, norms: Norms = "absorb", **options: Any) -> Folding:
-    sketch = _bare(source, device="meta").double()
-    return Folding(source, survey, sketch, _bare(source), norms, **options)
-
-
-def _bare(model: nn.Module, device: str | None = None) -> nn.Module:
-    """Return a copy without hooks, which are anyone's code and must not see kernels."""
-    copy = prepared_copy(model, device)
-    for m in copy.modules():
-        m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return copy
-
-
 def _observed(source: nn.Module, inputs: Inputs, inlined: Any = None) -> Survey:
     """Return what runs of the model say; nothing, if it runs but cannot be observed."""
     try:
         return observe(source, inputs, inlined)
     except RecordingError as error:
-        return Survey(source, [], reason=str(error))
+        return Survey(source, [], nn.Module(), reason=str(error))
 
 
 def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
@@ -195,7 +186,7 @@ def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldRepor
     while True:
         deep = _observed(source, inputs, is_inlined)
         graphs = [name for name in deep.frames if name not in stay]
-        folding = _folding(source, deep, graphs=graphs)
+        folding = Folding(source, deep, graphs=graphs)
         wrong = {n: r for n in graphs if (r := _differs(deep.frames[n]))}
         if not wrong:
             folded, report = _fold(folding, inputs)
@@ -243,7 +234,7 @@ def _stays(frame: Frame) -> str:
 def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
     """Plan, build and prove until everything that is folded holds."""
     source, survey = folding.source, folding.survey
-    proof = Proof(source, inputs)
+    proof = Proof(source, inputs, has_state=survey.has_state)
     report = FoldReport()
     for _ in range(MOST_ATTEMPTS):
         plan = folding.plan()

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from repnet.fold.record import Frame
-from repnet.fold.regions import Region, sources_of
+from repnet.fold.regions import Region
 from repnet.fold.survey import Survey, is_identity
 from repnet.symbolic import kept_tensors
 
@@ -28,8 +28,7 @@ def copy_with(source: Module, replaced: Mapping[int, Any]) -> Module:
         source: not changed; what is replaced is not copied.
         replaced: new modules by the identity of the old, wherever they occur.
     """
-    copy = deepcopy(source, {**kept_tensors(source), **replaced})
-    return copy.eval() if source.training else copy
+    return deepcopy(source, {**kept_tensors(source), **replaced})
 
 
 def with_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
@@ -37,7 +36,8 @@ def with_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
     for key, value in vars(old).items():
         own = key.startswith("_") or key == "original_bias" or callable(value)
         if not own and key not in vars(new) and not hasattr(type(new), key):
-            vars(new)[key] = deepcopy(value, kept_tensors(old))
+            plain = isinstance(value, int | float | str | None)
+            vars(new)[key] = value if plain else deepcopy(value, kept_tensors(old))
     return new
 
 
@@ -76,12 +76,7 @@ def graph_of(
     graph.output(graph.graph_copy(frame.graph, copied))
     _check_targets(frame, survey, inside, copied)
     added: dict[str, nn.Module] = {}
-    gone: set[str] = set()
     for region, layer in layers.items():
-        for source in sources_of(region.nodes):
-            owner = str(source.target).rpartition(".")[0]
-            if source.op == "get_attr" and owner != frame.name and not survey.ran(owner):
-                gone.add(_relative(frame.name, owner))
         name = _relative(frame.name, region.name)
         with graph.inserting_before(copied[region.nodes[0]]):
             call = graph.call_module(name, (copied[region.root],))
@@ -91,8 +86,6 @@ def graph_of(
             for idle in [n for n in copied[node].users if not n.users]:
                 graph.erase_node(idle)
             graph.erase_node(copied[node])
-            if node.op == "call_module":
-                gone.add(_relative(frame.name, str(node.target)))
         copied[region.end] = call  # another region may begin there
     for node in without:
         copied[node].replace_all_uses_with(copied[node.args[0]])  # type: ignore[index]
@@ -103,12 +96,8 @@ def graph_of(
     built = fx.GraphModule(_objects(graph, home, added), graph)
     for node in built.graph.nodes:
         node.meta.clear()  # sizes of the example
-    for name in gone - set(added):  # others may hold it, and nobody calls it
-        owner, _, key = name.rpartition(".")
-        part = home.get_submodule(owner)
-        part._modules[key] = identity_like(part.get_submodule(key))
     for name, child in home.named_children():
-        if name not in {*built._modules, *gone, *added} and not guarded:
+        if name not in {*built._modules, *added} and not guarded:
             built.add_module(name, child)  # others may read it
     for part in built.modules():
         if part is built or type(part) is nn.Module:  # made by fx, to hold what it calls

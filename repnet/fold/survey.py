@@ -64,11 +64,14 @@ class Survey:
     Args:
         model: the model itself.
         runs: of copies of it; the first one has the sizes of the example.
+        sketch: a copy without values.
         reason: why there are none.
     """
 
-    def __init__(self, model: nn.Module, runs: Sequence[Recorder], reason: str = "") -> None:
-        self.model, self.runs, self.reason = model, runs, reason
+    def __init__(
+        self, model: nn.Module, runs: Sequence[Recorder], sketch: nn.Module, reason: str = ""
+    ) -> None:
+        self.model, self.sketch, self.reason = model, sketch, reason
         self.modules = dict(model.named_modules())
         self.every_name = dict(model.named_modules(remove_duplicate=False))
         self.frames: dict[str, list[Frame]] = defaultdict(list)
@@ -80,8 +83,7 @@ class Survey:
                 self.leaves[name] += calls
                 if isinstance(self.modules[name], nn.Identity | _DropoutNd):
                     for _, node in calls:
-                        training = self.modules[name].training and not model.training
-                        node.meta["identity"] = not training or isinstance(
+                        node.meta["identity"] = not self.modules[name].training or isinstance(
                             self.modules[name], nn.Identity
                         )
         self.hooked = {name for name, module in self.modules.items() if has_hooks(module)}
@@ -103,6 +105,12 @@ class Survey:
         self._trust: dict[Frame, str] = {}
         self._paths: dict[Frame, list[Frame] | str] = {}
         self._uniform: dict[str, bool] = {}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a run may leave something behind in the model."""
+        frames = chain.from_iterable(self.frames.values())
+        return bool(self.reason or self.hooked) or any(f.keeps or f.unclear for f in frames)
 
     def ran(self, name: str) -> bool:
         return name in self.frames or name in self.leaves
