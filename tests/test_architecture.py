@@ -20,7 +20,8 @@ ORDER = {
     "errors": set(),
     "files": set(),
     "kernel": {"symbolic"},  # lazily: the rules are written in terms of the kernel
-    "precision": set(),
+    "meta": set(),
+    "precision": {"meta"},
     "symbolic": {"kernel", "precision"},
     "convolution": {"kernel", "symbolic"},
     "equivalence": {"symbolic"},
@@ -35,6 +36,7 @@ ORDER = {
         "equivalence",
         "surroundings",
         "health",
+        "meta",
     },
     "complexity": set(),
     "spec": {"errors"},

@@ -464,10 +464,14 @@ def test_half_precision_weights_are_folded_in_float64(x: Tensor) -> None:
     ("name", "module", "reason"),
     [
         ("convolution used twice", "norm", "'conv' is also used elsewhere"),
-        ("another user of the convolution", "norm", "no convolution before it feeds it alone"),
+        (
+            "another user of the convolution",
+            "norm",
+            "'conv' (Conv2d), which comes before",
+        ),
         ("unused head", "head", "it was not run on the example input"),
         ("weight from its own size", "0", "which a kernel lacks"),
-        ("norm before padding", "0", "no convolution before it feeds it alone"),
+        ("norm before padding", "0", "it comes after the input of the model; a norm goes into"),
         ("norm of its batch", "1", "without running statistics"),
     ],
 )

@@ -573,8 +573,12 @@ def test_a_detector_keeps_its_class_and_its_backbone_is_a_graph() -> None:
 @pytest.mark.parametrize(
     ("name", "module", "reason"),
     [
-        ("another user of the convolution", "norm", "no convolution before it feeds it alone"),
-        ("norm alone", "0", "no convolution before it feeds it alone"),
+        (
+            "another user of the convolution",
+            "norm",
+            "'conv' (Conv2d), which comes before",
+        ),
+        ("norm alone", "0", "it comes after the input of the model; a norm goes into"),
         ("norm of its batch", "1", "without running statistics"),
         ("root that depends on values", "", "cannot be recorded"),
     ],

@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from repnet.equivalence import Inputs
 from repnet.fold import reparameterize_graph
+from repnet.fold.frame import Frame
 from repnet.fold.observe import observe
-from repnet.fold.record import Frame, RecordingError
+from repnet.fold.record import RecordingError
 from repnet.fold.survey import Survey
 from repnet.layers import conv, conv_bn
 from tests.models import randomize_batch_norm

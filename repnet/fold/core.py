@@ -25,9 +25,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.convolution import Layer, as_module
+from repnet.fold.frame import Frame
 from repnet.fold.kernels import TRANSPOSED, Kernels
 from repnet.fold.norm_chains import Chains, Head, Link, prefix_of
-from repnet.fold.record import Frame
 from repnet.fold.regions import Region, Regions, sources_of, tensors_of
 from repnet.fold.report import Fold
 from repnet.fold.rewrite import GraphError, copy_with, graph_of, identity_like, with_attributes
@@ -530,8 +530,7 @@ class Folding:
 
     def _layer_kernel(self, name: str) -> ConvKernel:
         """Return the kernel of a convolution or linear layer, with values."""
-        layer = self.survey.modules[name]
-        assert isinstance(layer, Layer)
+        layer: Any = self.survey.modules[name]
         device = next(iter(self.source.parameters())).device
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         identity = ConvKernel.identity(

@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.convolution import Layer
+from repnet.fold.frame import Frame
 from repnet.fold.kernels import CONVOLVING, Kernels
-from repnet.fold.record import Frame, RecordingError
+from repnet.fold.record import RecordingError
 from repnet.fold.regions import Region
 from repnet.fold.survey import Survey, is_identity, users_of
 from repnet.kernel import ConvKernel, NotFoldableError
@@ -34,6 +35,8 @@ REARRANGING = {
     "contiguous", "flatten", "permute", "reshape", "reshape_as", "squeeze", "swapaxes",
     "swapdims", "transpose", "unflatten", "unsqueeze", "view", "view_as",
 }  # fmt: skip
+
+UNFED = "no convolution before it feeds it alone"
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Chains:
                     if not why and set(calls) != heads[link.head.name]:
                         why = f"'{link.head.name}' is also used elsewhere"
                     if not why and any(calls[c] != _channels(c) for c in calls):
-                        why = "no convolution before it feeds it alone"
+                        why = UNFED
                     if why:
                         length, reason = n, why
                         break

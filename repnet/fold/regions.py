@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from repnet.convolution import as_module
+from repnet.fold.frame import Frame
 from repnet.fold.kernels import Kernels
-from repnet.fold.record import Frame
 from repnet.fold.survey import readers_of
 from repnet.kernel import ConvKernel, NotFoldableError
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
-from repnet.fold.record import Frame
+from repnet.fold.frame import Frame
 from repnet.fold.regions import Region
 from repnet.fold.survey import Survey, is_identity
 from repnet.symbolic import kept_tensors

@@ -9,7 +9,9 @@ from itertools import chain
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from repnet.fold.record import Frame, Recorder, RecordingError, explore
+from repnet.fold.explore import explore
+from repnet.fold.frame import Frame
+from repnet.fold.record import Recorder, RecordingError
 from repnet.surroundings import has_hooks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -13,11 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.equivalence import Inputs
 from repnet.fold.core import Built, Folding, Norms, Plan, RefusedError
+from repnet.fold.frame import Frame
+from repnet.fold.norm_chains import UNFED
 from repnet.fold.observe import observe
 from repnet.fold.proof import Proof
-from repnet.fold.record import VALUES, Frame, RecordingError
+from repnet.fold.record import VALUES, RecordingError
 from repnet.fold.report import FoldReport
-from repnet.fold.survey import Survey, within
+from repnet.fold.survey import Survey, users_of, within
 from repnet.health import norm_health, weight_health
 from repnet.kernel import NotFoldableError
 from repnet.surroundings import prepared
@@ -25,6 +27,8 @@ from repnet.symbolic import twin
 
 Method = Literal["auto", "modules", "graph"]
 MOST_ATTEMPTS = 20  # at a fold that holds
+_WANTED = "a norm goes into a convolution that feeds it alone, or into one without padding that it "
+    "alone feeds"
 
 
 @overload
@@ -325,7 +329,8 @@ def _report_norms(report: FoldReport, survey: Survey, folded: nn.Module, plan: P
             if sources and owner not in report.left:
                 report.left.append(owner or node.name)
     for name in report.left:
-        report.skipped.setdefault(name, _why_left(survey, name))
+        if report.skipped.get(name, UNFED) == UNFED:
+            report.skipped[name] = _why_left(survey, name)
 
 
 def _why_left(survey: Survey, name: str) -> str:
@@ -343,5 +348,25 @@ def _why_left(survey: Survey, name: str) -> str:
         hooked = next((str(n.target) for n in beside if str(n.target) in survey.hooked), None)
         if hooked is not None:
             reason = f"'{hooked}' has a forward hook; remove it first"
-        reason = reason or survey.distrust(frame)
-    return reason or "no convolution before it feeds it alone"
+        reason = reason or survey.distrust(frame) or _what_feeds(survey, frame, node)
+    return reason or UNFED
+
+
+def _what_feeds(survey: Survey, frame: Frame, norm: fx.Node) -> str:
+    """Return what stands before a norm, where that is no convolution that feeds it alone."""
+    caller, node, given = frame, norm, norm.args[0]
+    while given is survey.tensor_argument(caller) and caller.parent is not None:
+        node = next(n for n in caller.parent.graph.nodes if n.meta.get("frame") is caller)
+        caller = caller.parent
+        given = node.args[0] if node.args else None
+    if not isinstance(given, fx.Node):
+        return ""
+    others = [str(n.target) for n in users_of(given) if n is not node and n.op != "output"]
+    what = f"'{given.target}'" if given.op == "call_module" else f"`{given.name}`"
+    if given.op == "placeholder":
+        what = "the input of the model" if caller.parent is None else f"'{given.name}'"
+    elif given.op == "call_module":
+        what += f" ({type(survey.modules[str(given.target)]).__name__})"
+        if others:
+            return f"{what}, which comes before it, also feeds '{others[0]}'; {_WANTED}"
+    return f"it comes after {what}; {_WANTED}"
