@@ -27,8 +27,10 @@ from repnet.symbolic import twin
 
 Method = Literal["auto", "modules", "graph"]
 MOST_ATTEMPTS = 20  # at a fold that holds
-_WANTED = "a norm goes into a convolution that feeds it alone, or into one without padding that it "
+_WANTED = (
+    "a norm goes into a convolution that feeds it alone, or into one without padding that it "
     "alone feeds"
+)
 
 
 @overload
