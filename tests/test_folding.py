@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
-from repnet.blocks import RepVGGBlock
+from repnet.blocks import Block, RepVGGBlock
 from repnet.convolution import as_module
 from repnet.fold import FoldReport, reparameterize
 from repnet.fold.core import Folding
@@ -335,6 +335,33 @@ def test_the_bias_of_a_convolution_is_scaled_too(x: Tensor) -> None:
     folded = reparameterize(model, x)
     assert type(folded) is nn.Conv2d
     assert relative_error(expected, folded.bias) < TOLERANCE
+
+
+def dilated() -> Sum:
+    """Return two branches that together need a 5x5."""
+    return Sum(conv_bn(4, 4, 3), conv_bn(4, 4, 3, dilation=2))
+
+
+def test_grow_names_what_may_become_larger(x: Tensor) -> None:
+    model = ready(nn.Sequential(dilated(), nn.ReLU(), dilated()))
+    folded, report = reparameterize(model, x, grow="2", return_report=True)
+    assert "2" in {fold.name for fold in report.folded}
+    assert folded[2].kernel_size == (5, 5)
+    assert "one convolution is larger" in report.skipped["0"]
+    assert any("'2' grew: one convolution is larger" in line for line in report.health)
+    assert relative_error(model(x), folded(x)) < TOLERANCE
+    graph = reparameterize(model, x, grow="*", method="graph")
+    assert sum(isinstance(m, nn.Conv2d) for m in graph.modules()) == 2
+    assert relative_error(model(x), graph(x)) < TOLERANCE
+
+
+def test_a_block_of_the_users_own_always_becomes_one_convolution(x: Tensor) -> None:
+    model = ready(Block(dilated(), 4))
+    folded, report = reparameterize(model, x, return_report=True)
+    assert type(folded.conv) is nn.Conv2d
+    assert report.skipped == {}
+    assert any("'conv' grew" in line for line in report.health)
+    assert relative_error(model(x), folded(x)) < TOLERANCE
 
 
 def test_a_sum_becomes_one_convolution_under_its_own_name(x: Tensor) -> None:

@@ -11,10 +11,12 @@ from pytorch_lightning import Callback, Trainer
 from torch import nn
 
 from repnet import create_model
+from repnet.blocks import Block, RepVGGBlock
 from repnet.data import FakeImages
 from repnet.errors import InputError
+from repnet.layers import Sum, conv_bn
 from repnet.training import Classifier, repvgg_parameter_groups, warmup_cosine
-from repnet.training.announcement import ParameterTable
+from repnet.training.announcement import ParameterTable, growing_blocks
 from repnet.training.assembly import build_classifier, build_model, complete_model
 
 
@@ -163,6 +165,16 @@ def test_the_parameter_groups_are_printed(capsys: pytest.CaptureFixture[str]) ->
     sizes = [int(cell.replace(",", "")) for cell in cells if cell.strip()]
     assert sum(sizes) == values
     assert "0.0001" in printed
+
+
+def test_a_block_that_grows_is_named_before_training() -> None:
+    def make(width: int) -> Block:
+        return Block(Sum(conv_bn(width, width, 3), conv_bn(width, width, 3, dilation=2)), width)
+
+    network = nn.Sequential(make(4), make(4), RepVGGBlock(4, 4))
+    assert growing_blocks(network) == [
+        "'0' and 1 more will deploy as one 5x5 convolution with 400 instead of 288 weights"
+    ]
 
 
 def config_of(**changes: Any) -> dict[str, Any]:

@@ -16,7 +16,8 @@ class Block(nn.Module):
     """An affine map, then attention, then an activation.
 
     The affine map is called `conv` before and after folding, so that the folded weights of every
-    block fit the same network.
+    block fit the same network. It always becomes one convolution, even if that is larger than its
+    branches together.
 
     Args:
         conv: whatever folds into one convolution.
@@ -34,6 +35,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = conv
+        conv.deploys_as_one = True  # type: ignore[assignment]  # even if that costs more
         self.attention = attention(out_channels) if attention else nn.Identity()
         self.activation = activation() if activation else nn.Identity()
 

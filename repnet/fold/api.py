@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -40,6 +41,7 @@ def reparameterize(
     *,
     norms: Norms = "absorb",
     method: Method = "auto",
+    grow: str | Sequence[str] = (),
     return_report: Literal[False] = False,
 ) -> nn.Module: ...
 
@@ -51,6 +53,7 @@ def reparameterize(
     *,
     norms: Norms = "absorb",
     method: Method = "auto",
+    grow: str | Sequence[str] = (),
     return_report: Literal[True],
 ) -> tuple[nn.Module, FoldReport]: ...
 
@@ -62,6 +65,7 @@ def reparameterize(
     *,
     norms: Norms = "absorb",
     method: Method = "auto",
+    grow: str | Sequence[str] = (),
     return_report: bool = False,
 ) -> nn.Module | tuple[nn.Module, FoldReport]:
     """Return a copy of `model` in which every block that is one convolution is one.
@@ -69,8 +73,9 @@ def reparameterize(
     A module whose whole forward is one convolution is replaced under its own name. A convolution
     takes in the batch norm behind it, wherever in the model the two are. A forward that adds
     branches itself becomes a small `torch.fx` graph in the place of this one module. Everything
-    else keeps its class, forward and names. Nothing grows: a block whose convolution would need
-    more parameters or multiplications than its layers stays.
+    else keeps its class, forward and names. Nothing grows unless `grow` asks for it: a part whose
+    convolution would need more parameters or multiplications than its layers stays. Only the blocks
+    of `repnet.blocks` always fold.
 
     A fold holds for every input that the model takes. Everything is computed in float64 from the
     stored weights, compared block by block with the original on `example_input`, and converted to
@@ -86,6 +91,8 @@ def reparameterize(
             architecture and can be trained or quantized. There, the bias of a folded block moves
             into the norm that alone follows it.
         method: "auto" as described; "modules" writes no graphs; "graph" is `reparameterize_graph`.
+        grow: globs for the names of modules that become one convolution even if it is larger than
+            their layers, as of two branches with different dilations; "*" for all.
         return_report: also return the `FoldReport`, which says what was folded, what was left, and
             why.
 
@@ -114,11 +121,16 @@ def reparameterize(
             f"the norms of this {type(source).__name__} were absorbed already, so that "
             "norms='keep' has none to keep; fold the train form"
         )
+    globs = [grow] if isinstance(grow, str) else [*grow]
+
+    def may_grow(name: str) -> bool:
+        return any(fnmatchcase(name, glob) for glob in globs)
+
     if method == "graph":
-        folded, report = _fold_graph(source, inputs)
+        folded, report = _fold_graph(source, inputs, may_grow)
     else:
         survey = _observed(source, inputs)
-        folding = Folding(source, survey, norms, edit_only=method == "modules")
+        folding = Folding(source, survey, norms, may_grow=may_grow, edit_only=method == "modules")
         folded, report = _fold(folding, inputs)
     report.method = method
     folded.reparameterized = norms  # type: ignore[assignment]
@@ -175,7 +187,9 @@ def _observed(source: nn.Module, inputs: Inputs, inlined: Any = None) -> Survey:
         return Survey(source, [], nn.Module(), reason=str(error))
 
 
-def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
+def _fold_graph(
+    source: nn.Module, inputs: Inputs, may_grow: Callable[[str], bool]
+) -> tuple[nn.Module, FoldReport]:
     """Record the model as few graphs as possible, and fold these."""
     survey = _observed(source, inputs)
     stay = {
@@ -192,7 +206,7 @@ def _fold_graph(source: nn.Module, inputs: Inputs) -> tuple[nn.Module, FoldRepor
     while True:
         deep = _observed(source, inputs, is_inlined)
         graphs = [name for name in deep.frames if name not in stay]
-        folding = Folding(source, deep, graphs=graphs)
+        folding = Folding(source, deep, may_grow=may_grow, graphs=graphs)
         wrong = {n: r for n in graphs if (r := _differs(deep.frames[n]))}
         if not wrong:
             folded, report = _fold(folding, inputs)
@@ -270,6 +284,7 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
             *norm_health(source),
             *weight_health(built.model, [m for _, m, _ in built.made]),
         ]
+    report.health += [f"'{name}' grew: {reason}" for name, reason in plan.grown.items()]
     _report_norms(report, survey, built.model, plan)
     if folding.norms == "keep":
         report.skipped |= dict.fromkeys((n for n in report.left if survey.ran(n)), "norms='keep'")

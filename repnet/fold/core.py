@@ -14,7 +14,7 @@ proof (`proof.py`) is excluded, and the plan is made again without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -28,7 +28,7 @@ from repnet.convolution import Layer, as_module
 from repnet.fold.frame import Frame
 from repnet.fold.kernels import TRANSPOSED, Kernels
 from repnet.fold.norm_chains import Chains, Head, Link, prefix_of
-from repnet.fold.regions import Region, Regions, sources_of, tensors_of
+from repnet.fold.regions import Region, Regions, growth, sources_of, tensors_of
 from repnet.fold.report import Fold
 from repnet.fold.rewrite import GraphError, copy_with, graph_of, identity_like, with_attributes
 from repnet.fold.survey import Survey, is_identity, readers_of, within
@@ -50,6 +50,7 @@ class Plan:
         chains: followers of each convolution, by its name.
         fronts: the norm in front of a convolution, by the name of this.
         skipped: reasons, by the name of what is left.
+        grown: how much larger a convolution is than what it replaces, by its name.
     """
 
     whole: dict[str, Frame] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Plan:
     chains: dict[str, tuple[Link, ...]] = field(default_factory=dict)
     fronts: dict[str, Head] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    grown: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,6 +108,7 @@ class Folding:
         source: the model; not changed.
         survey: of runs of it.
         norms: see `reparameterize`.
+        may_grow: whether a convolution may cost more than what it replaces, by its name.
         graphs: names of the modules that become graphs in any case; None to write only those where
             a forward holds branches.
         edit_only: write no graphs at all.
@@ -117,11 +120,15 @@ class Folding:
         survey: Survey,
         norms: Norms = "absorb",
         *,
+        may_grow: Callable[[str], bool] = lambda name: False,
         graphs: Sequence[str] | None = None,
         edit_only: bool = False,
     ) -> None:
         self.source, self.survey, self.norms = source, survey, norms
         self.forced, self.edit_only = graphs, edit_only
+        self.may_grow = lambda name: (
+            may_grow(name) or getattr(survey.modules.get(name), "deploys_as_one", False)
+        )
         self.sketch = Kernels(survey.sketch.double(), survey.is_uniform)
         self.kernels = Kernels(source, survey.is_uniform)
         self.excluded: dict[str, str] = {}  # reason by name of a fold that failed
@@ -206,22 +213,18 @@ class Folding:
         if outside := survey.callers_outside(name):
             raise NotFoldableError(f"'{outside}' is also used elsewhere")
         module = survey.modules[name]
-        positions = before if max((1, *kernel.upsample)) > 1 else after
-        new_cost = kernel.weight.numel() * (positions.numel() // positions[1])
         cost = sum(kernels.multiplications(n) for n in frame.graph.nodes)
-        size = sum(t.numel() for t in chain(module.parameters(), module.buffers()))
-        new_size = kernel.weight.numel() + (0 if kernel.bias is None else kernel.bias.numel())
-        if new_cost > cost or new_size > size:
-            raise NotFoldableError(
-                f"one convolution would be larger: {new_cost:,} instead of {cost:,} "
-                f"multiplications, {new_size:,} instead of {size:,} values"
-            )
+        grown = growth(kernel, before, after, cost, chain(module.parameters(), module.buffers()))
+        if grown and not self.may_grow(name):
+            raise NotFoldableError(f"{grown}; grow= allows it")
         layer = as_module(kernel, like=nn.Module())
         if layers < 2 and not computed:
             steps = [n for n in calls if "shape" in n.meta and not n.meta.get("constant")]
             steps = [n for n in steps if n.op != "placeholder" and not is_identity(n)]
             if len(steps) <= (len(layer) if isinstance(layer, nn.Sequential) else 1):
                 raise NotAffineError("it is one layer already")
+        if grown:
+            self._planned.grown[name] = grown
 
     def _is_plain(self, frame: Frame) -> bool:
         """Return whether layers follow each other and a norm comes last, as in plain networks."""
@@ -249,10 +252,15 @@ class Folding:
             return []
         if not (self.survey.is_uniform(name) or self._is_forced(name)):
             return []
-        finder = Regions(frame, self.sketch, lambda region: self._wants(name, region))
+        finder = Regions(
+            frame, self.sketch, lambda region: self._wants(name, region), self.may_grow
+        )
         found = finder.find()
         rows = [r for r in found if r.is_linear and not self._is_forced(name)]
         branches = [r for r in found if r not in rows]
+        self._planned.grown |= {
+            r.name: finder.grown[r.name] for r in found if r.name in finder.grown
+        }
         self._planned.rows += rows
         if branches or self._is_forced(name):
             self._planned.graphs[name] = branches

@@ -8,11 +8,12 @@ is taken, if nothing else reads what is inside of it and the convolution costs n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from repnet.convolution import as_module
@@ -105,6 +106,30 @@ def tensors_of(region: Region, kernels: Kernels) -> dict[str, Any]:
     return found
 
 
+def growth(
+    kernel: ConvKernel, before: torch.Size, after: torch.Size, cost: int, tensors: Iterable[Tensor]
+) -> str:
+    """Return how much larger one convolution is than what it stands for; "" if it is not.
+
+    Args:
+        kernel: of the convolution.
+        before: shape of its input.
+        after: shape of its output.
+        cost: multiplications that it replaces.
+        tensors: that it replaces.
+    """
+    positions = before if max((1, *kernel.upsample)) > 1 else after
+    new_cost = kernel.weight.numel() * (positions.numel() // positions[1])
+    size = sum(t.numel() for t in tensors)
+    new_size = kernel.weight.numel() + (0 if kernel.bias is None else kernel.bias.numel())
+    if new_cost <= cost and new_size <= size:
+        return ""
+    return (
+        f"one convolution is larger: {new_cost:,} instead of {cost:,} multiplications, "
+        f"{new_size:,} instead of {size:,} values"
+    )
+
+
 class Regions:
     """Finds the regions of one frame.
 
@@ -112,12 +137,20 @@ class Regions:
         frame: whose forward does the same for every input.
         kernels: without values.
         wanted: whether a region may be taken.
+        may_grow: whether it may cost more than its layers, by its name.
     """
 
-    def __init__(self, frame: Frame, kernels: Kernels, wanted: Any) -> None:
+    def __init__(
+        self,
+        frame: Frame,
+        kernels: Kernels,
+        wanted: Callable[[Region], bool],
+        may_grow: Callable[[str], bool],
+    ) -> None:
         self.graph, self.frame = frame.graph, frame.name
-        self.kernels, self.wanted = kernels, wanted
+        self.kernels, self.wanted, self.may_grow = kernels, wanted, may_grow
         self.refused: dict[str, str] = {}  # reason by name of a layer, where a kernel would grow
+        self.grown: dict[str, str] = {}  # the same where it may
 
     def find(self) -> list[Region]:
         """Return the largest regions, in order, each with layers that no other node reads."""
@@ -201,26 +234,23 @@ class Regions:
         if not any(self.kernels.convolutions(n) for n in nodes):
             return False
         try:
-            weight = kernel.weight  # a kernel with an unfilled border has none
             layer = as_module(kernel, like=nn.Module())
         except NotFoldableError:
             return False
         if isinstance(layer, nn.Sequential) and len(nodes) <= len(layer):
             return False  # a padding and a convolution already
         region = Region(root, nodes, "", self.frame)
-        size = sum({id(t): t.numel() for t in tensors_of(region, self.kernels).values()}.values())
-        new_size = weight.numel() + (0 if kernel.bias is None else kernel.bias.numel())
+        tensors = {id(t): t for t in tensors_of(region, self.kernels).values()}.values()
         cost = sum(self.kernels.multiplications(n) for n in nodes)
-        shape = (root if max((1, *kernel.upsample)) > 1 else end).meta["shape"]
-        new_cost = weight.numel() * (shape.numel() // shape[1])
-        if new_size <= size and new_cost <= cost:
+        reason = growth(kernel, root.meta["shape"], end.meta["shape"], cost, tensors)
+        if not reason:
             return True
-        reason = (
-            f"one convolution would be larger: {new_cost:,} instead of {cost:,} "
-            f"multiplications, {new_size:,} instead of {size:,} values"
-        )
-        self.refused.setdefault(self._name(nodes), reason)
-        return False
+        name = self._name(nodes)
+        if self.may_grow(name):
+            self.grown[name] = reason
+        else:
+            self.refused.setdefault(name, f"{reason}; grow= allows it")
+        return name in self.grown
 
     def _is_everywhere(self, region: Region, twins: list[Region]) -> bool:
         """Return whether every use of the region's layers is in a region of the same layers."""

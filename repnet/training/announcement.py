@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from typing import Any
 
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from repnet.blocks import Block
+from repnet.kernel import NotFoldableError
+from repnet.symbolic import kernel_of, twin
 from repnet.training.parameter_groups import parameter_table
 
 
 class ParameterTable(Callback):
-    """Print the optimizer's parameter groups: sizes, learning rates, weight decay."""
+    """Print the optimizer's parameter groups, and blocks that grow where they are folded."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -31,3 +38,27 @@ class ParameterTable(Callback):
                     "-" if decay is None else f"{decay:.4g}",
                 )
             Console().print(table)
+        for line in growing_blocks(pl_module):
+            print(line, flush=True)
+
+
+def growing_blocks(network: nn.Module) -> list[str]:
+    """Return a line for each kind of block whose one convolution is larger than its branches."""
+    lines: dict[str, list[str]] = {}
+    for name, block in network.named_modules():
+        if not isinstance(block, Block):
+            continue
+        convs: list[Any] = [m for m in block.conv.modules() if isinstance(m, _ConvNd)]
+        before = sum(conv.weight.numel() for conv in convs)
+        try:
+            kernel = kernel_of(twin(block.conv, device="meta"), convs[0].in_channels)
+        except NotFoldableError:  # deployment will say why
+            continue
+        after, (height, width) = kernel.weight.numel(), kernel.weight.shape[2:]
+        if after > before:
+            cost = f"one {height}x{width} convolution with {after:,} instead of {before:,} weights"
+            lines.setdefault(cost, []).append(name)
+    return [
+        f"'{names[0]}'{f' and {len(names) - 1} more' if names[1:] else ''} will deploy as {cost}"
+        for cost, names in lines.items()
+    ]
