@@ -24,6 +24,7 @@ from repnet.spec import build
 # 10. A module takes 5 kB, so that the largest outline takes 1 GB.
 _PER_TENSOR, _SMALL, _MOST = 30, 10_000, 200_000
 _SPARE = 1_000_000  # elements
+_LARGEST = 10_000_000  # number in a description: loops run so often, lists become so long
 
 
 def outline(
@@ -48,6 +49,8 @@ def outline(
     Raises:
         InputError: it has many more modules or elements than the file; as `build` raises it.
     """
+    if (largest := max(_integers(spec), default=0)) > _LARGEST:
+        raise InputError(f"it describes a network of {largest:,} parts of one kind")
     with torch.device("meta"), _at_most(min(_SMALL + _PER_TENSOR * tensors, _MOST), tensors):
         model = build(spec, allowed=allowed)
         if not isinstance(model, nn.Module):
@@ -59,6 +62,14 @@ def outline(
             f"it describes a network of {found:,} elements, but its weights have {elements:,}"
         )
     return model
+
+
+def _integers(spec: Any) -> Iterator[int]:
+    if isinstance(spec, int):
+        yield spec
+    elif isinstance(spec, dict | list | tuple):
+        for part in spec.values() if isinstance(spec, dict) else spec:
+            yield from _integers(part)
 
 
 @contextmanager

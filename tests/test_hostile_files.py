@@ -11,7 +11,9 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,7 +122,8 @@ def test_an_exported_program_runs_only_where_it_is_trusted(
     with pytest.raises(Skip, match="needs --trust native"):
         Kitchen(subject, tmp_path, "cpu").make(FORMS["torch_export"])
     assert not Path("executed").exists()
-    repnet.load_deployed(file, trust=["native"])
+    with suppress(InputError):
+        repnet.load_deployed(file, trust=["native"])
     assert Path("executed").exists()  # what would have happened
 
 
@@ -326,7 +329,7 @@ def test_a_train_form_that_its_layers_hide_is_not_built(artefact: Path) -> None:
     """The deploy form fits its weights, but the train form that the bench would time does not."""
 
     def change(description: dict[str, Any]) -> None:
-        description["architecture"]["train_form"] |= {"num_classes": 10**10}
+        description["architecture"]["train_form"] |= {"num_classes": 10**7}
         layer = {"type": "Linear", "in_features": 64, "out_features": 3, "bias": True}
         description["architecture"]["layers"]["head"] = layer
 
@@ -534,7 +537,7 @@ def test_aliases_that_a_run_writes_are_read(tmp_path: Path) -> None:
     [
         ({"dtype": "DOUBLE"}, r"takes tensor\(double\), repnet gives images as tensor\(float\)"),
         ({"scalar": True}, "cannot classify images"),
-        ({"constant": 10**9}, ""),
+        ({"constant": 10**9}, "cannot classify images: .*ConstantOfShape"),
     ],
 )
 def test_an_onnx_file_that_is_no_classifier_is_one_line(
@@ -545,9 +548,8 @@ def test_an_onnx_file_that_is_no_classifier_is_one_line(
     Image.new("L", (8, 8)).save(artefact.parent / "image.png")
     code, output, errors = run(path, artefact.parent / "image.png")
     assert (code, output) == (2, "")
-    lines = [line for line in errors.splitlines() if "onnxruntime:" not in line]  # its own log
-    assert len(lines) == 1
-    assert lines[0].startswith(f"error: '{path}'")
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
     with pytest.raises(InputError, match=reason):
         Predictor(path).predict([artefact.parent / "image.png"])
 
@@ -601,13 +603,13 @@ def test_class_names_are_escaped_where_they_are_shown(
 
 
 def test_class_names_are_escaped_in_reports_and_tables(tmp_path: Path) -> None:
-    from repnet.callbacks.pictures import _table
-    from repnet.data import Fake
+    from repnet.callbacks.pictures import Pictures
+    from repnet.data.fake import FakeImages
     from repnet.deploy.evaluation import evaluate
     from repnet.deploy.findings import of_evaluation
     from repnet.deploy.report import write_html
 
-    data = Fake(classes=3, size=8)
+    data = FakeImages(classes=3, image_size=8)
     data.setup()
     data.class_names = ESCAPES
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).eval()
@@ -618,7 +620,14 @@ def test_class_names_are_escaped_in_reports_and_tables(tmp_path: Path) -> None:
     assert r"cat\x1b[31m" in page
     assert "\x1b" not in page + json.dumps(report, ensure_ascii=False)
     assert "\u202e" not in page
-    assert _table is not None
+    pictures = Pictures(class_names=ESCAPES)
+    pictures.classes = 3
+    pictures.images, pictures.values = torch.zeros(1, 3, 8, 8), torch.tensor([[2.0, 0.0, 1.0, 0.9]])
+    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, loggers=[], global_step=1)
+    pictures._draw(trainer, np.array([[0, 1, 2], [1, 1, 2]]))
+    rows = (tmp_path / "per_class.csv").read_text().splitlines()
+    assert rows[1].startswith(r"cat\x1b[31m,1,")
+    assert len(rows) == 4
 
 
 def test_the_card_shows_no_control_characters(tmp_path: Path) -> None:

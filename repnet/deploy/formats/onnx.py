@@ -63,7 +63,7 @@ class Onnx(Format):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # fatal; the message of an error is in its exception
         # Else its threads keep the cores busy after a call, while another runtime is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
