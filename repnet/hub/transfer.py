@@ -46,7 +46,7 @@ def push_to_hub(
         private: of a new repository; None for the owner's default.
         token: of the Hub; None for the one that is stored by `hf auth login`.
         revision: branch; None for the main one.
-        license: identifier for the generated card, for instance `apache-2.0`.
+        license: the Hub's identifier of it for the generated card, for instance `apache-2.0`.
         message: of the commit.
 
     Raises:
