@@ -22,7 +22,7 @@ from repnet.spec import build
 
 # Modules of a train form per tensor of its folded network: RepVGG has 5, the diverse branch block
 # 10. A module takes 5 kB, so that the largest outline takes 1 GB.
-_PER_TENSOR, _SMALL, _MOST = 30, 10_000, 200_000
+_PER_TENSOR, _SMALL, _MOST = 30, 5_000, 200_000
 _SPARE = 1_000_000  # elements
 _LARGEST = 10_000_000  # number in a description: loops run so often, lists become so long
 

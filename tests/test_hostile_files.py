@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import struct
 import sys
 import threading
@@ -51,10 +52,17 @@ REPORT = {
 MOST = 5_000_000  # elements of any tensor that a refusal may make
 
 
-@pytest.fixture
-def artefact(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    write_artefact(tmp_path / "deploy", GRAY)
+    directory = tmp_path_factory.mktemp("hostile") / "deploy"
+    write_artefact(directory, GRAY)
+    return directory
+
+
+@pytest.fixture
+def artefact(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original, tmp_path / "deploy")
     return tmp_path / "deploy"
 
 
