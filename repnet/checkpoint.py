@@ -10,16 +10,17 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from repnet.errors import InputError
-from repnet.files import write_atomically
-from repnet.spec import MODEL_PACKAGES, build
+from repnet.errors import InputError, one_line
+from repnet.files import refuse_compressed, write_atomically
+from repnet.outline import outline
+from repnet.spec import MODEL_PACKAGES, build, foreign_packages
 
 FORMAT = "repnet-checkpoint"
 VERSION = 1
@@ -84,12 +85,17 @@ def model_from(
         InputError: the description is not allowed, or the weights do not fit it.
     """
     spec = contents["repnet"]["config"].get("model")
+    allowed = (*MODEL_PACKAGES, *trust)
+    values = [value for value in contents["state_dict"].values() if isinstance(value, torch.Tensor)]
+    elements = sum(value.numel() for value in values)
     try:
-        model = build(spec, allowed=(*MODEL_PACKAGES, *trust))
+        if not foreign_packages(spec):  # the code of those is trusted
+            outline(spec, allowed=allowed, tensors=len(values), elements=elements)
+        model = build(spec, allowed=allowed)
     except RecursionError as error:
         raise InputError(f"{path}: the description of its network is nested too deeply") from error
     except Exception as error:  # the arguments came out of the file too, and may be anything
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{path}: its 'model' entry does not describe a network")
     load_network(model, contents, path)
@@ -141,7 +147,9 @@ def load_network(model: nn.Module, contents: dict[str, Any], path: str | Path) -
     try:
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: its weights do not fit its network: {error}") from error
+        raise InputError(
+            f"{path}: its weights do not fit its network: {one_line(error)}"
+        ) from error
 
 
 def find_checkpoint(path: str | Path, name: str = "best") -> Path:
@@ -162,7 +170,7 @@ def find_checkpoint(path: str | Path, name: str = "best") -> Path:
         if not checkpoint.exists():
             raise InputError(f"'{path}' holds no checkpoint: there is no '{checkpoint}'")
         return checkpoint
-    if not path.exists():
+    if not path.is_file():
         raise InputError(
             f"there is no checkpoint '{path}'; pass a file such as "
             "RUN/checkpoints/best.ckpt, or the run's directory"
@@ -211,6 +219,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             anything but tensors and plain data.
     """
     path = find_checkpoint(path)
+    refuse_compressed(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -243,6 +252,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         contents.get("state_dict"), dict
     ):
         raise InputError(f"'{path}' is incomplete: it lacks a config or weights")
+    refuse_expanded(contents["state_dict"], path)
     return contents
 
 
@@ -252,6 +262,21 @@ def _check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if name := archive.testzip():
                 raise InputError(f"'{path}' is damaged: the checksum of '{name}' is wrong")
+
+
+def refuse_expanded(state: Mapping[str, Any], path: Path) -> None:
+    """Refuse tensors that are views of far less memory, as all of them are copied.
+
+    Raises:
+        InputError: together they have ten times as many bytes as the file.
+    """
+    values = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    claimed, held = sum(v.numel() * v.element_size() for v in values), path.stat().st_size
+    if claimed > 10 * held:
+        raise InputError(
+            f"'{path}' of {held:,} bytes describes weights of {claimed:,} bytes; it is damaged, or "
+            "was made to fill the memory"
+        )
 
 
 def _looks_pickled(path: Path) -> bool:

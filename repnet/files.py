@@ -17,12 +17,16 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from repnet.errors import InputError, first_line
+
 NEW, OLD = "new", "old"  # of `replace_directory`
+_LARGEST_JSON = 16_000_000  # bytes; Python objects take up to twenty times as many
 
 
 def write_atomically(
@@ -165,6 +169,36 @@ def finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     return [finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the contents of a JSON file of any origin.
+
+    Raises:
+        InputError: it is damaged, or so large that nobody wrote it for this purpose.
+    """
+    path = Path(path)
+    if path.stat().st_size > _LARGEST_JSON:
+        raise InputError(f"'{path}' has more than {_LARGEST_JSON:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged: {first_line(error)}") from error
+
+
+def refuse_compressed(path: str | Path) -> None:
+    """Refuse a zip file whose contents are larger than itself, such as a file of torch never is.
+
+    Raises:
+        InputError: a record is compressed.
+    """
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise InputError(
+                    f"'{path}' is compressed: its '{record.filename}' of {record.compress_size:,} "
+                    f"bytes unfolds to {record.file_size:,}. Unpack it, and save it with torch.save"
+                )
 
 
 def sha256(path: str | Path) -> str:

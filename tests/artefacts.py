@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from repnet import create_model, reparameterize, save_deployed
 from repnet.deploy.formats import format_named
+from repnet.files import sha256
 from tests.models import randomize_batch_norm
 
 COLORS = {
@@ -34,6 +36,7 @@ def write_artefact(
     *,
     formats: Sequence[str] = (),
     preprocess: bool = False,
+    report: dict[str, Any] | None = None,
     **entries: Any,
 ) -> nn.Module:
     """Write a network for `data` to `directory` and return it.
@@ -43,6 +46,7 @@ def write_artefact(
         data: of `model.json`.
         formats: to export to as well.
         preprocess: whether the exported files take uint8 images.
+        report: of `report.json`, beside a page.
         **entries: of `save_deployed`.
     """
     shape = data["input_shape"]
@@ -82,5 +86,21 @@ def write_artefact(
                 "preprocess": preprocess,
             }
         )
-    save_deployed(folded, directory, data=data, exports=exports, **entries)
+    reports = ["report.json", "report.html"] if report else []
+    if report:
+        (directory / "report.json").write_text(json.dumps(report))
+        (directory / "report.html").write_text("<h1>Verified</h1>")
+    save_deployed(folded, directory, data=data, exports=exports, reports=reports, **entries)
     return folded
+
+
+def rewrite(directory: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file of an artefact, as one who knows of the hashes."""
+    contents = json.loads((directory / name).read_text())
+    change(contents)
+    if name == "model.json":
+        contents.pop("sha256", None)
+    (directory / name).write_text(json.dumps(contents))
+    if name != "model.json":
+        digest = sha256(directory / name)
+        rewrite(directory, "model.json", lambda m: m["hashes"].update({name: digest}))

@@ -301,8 +301,8 @@ def test_a_training_checkpoint_is_recognized(path: str, tmp_path: Path) -> None:
         ({"hashes": None}, "is incomplete"),
         ({"architecture": {}}, "is incomplete"),
         ({"architecture": {"train_form": {}}}, "is incomplete"),
-        ({"architecture": {"train_form": {}, "layers": {}}}, "does not describe its own weights"),
-        ({"architecture": {"train_form": 3, "layers": []}}, "does not describe its own weights"),
+        ({"architecture": {"train_form": {}, "layers": {}}}, "does not describe a network"),
+        ({"architecture": {"train_form": 3, "layers": []}}, "does not describe a network"),
     ],
     ids=str,
 )

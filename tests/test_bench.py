@@ -77,12 +77,11 @@ def subject() -> Subject:
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("bench") / "fashion" / "deploy"
-    write_artefact(directory, formats=["torch_export"])
     report = {
         "metrics": {"train_form": {"top1": 0.93}, "deploy_form": {"top1": 0.93}},
         "exports": [{"format": "torch_export", "precision": "fp32", "top1": 0.92}],
     }
-    (directory / "report.json").write_text(json.dumps(report))
+    write_artefact(directory, formats=["torch_export"], report=report)
     return directory
 
 
@@ -101,7 +100,7 @@ def test_an_artefact_in_all_its_forms(artefact: Path, tmp_path: Path) -> None:
         artefact, "--forms", "train,deploy,torch_export,executorch,tensorrt,cudagraphs",
         "--batch", "2", "1", "--runs", "3", "--device", "cpu", "--threads", "1",
         "--csv", files["csv"], "--json", files["json"], "--markdown", files["markdown"],
-        "--plot", files["png"],
+        "--plot", files["png"], "--trust", "native",
     )  # fmt: skip
     with files["csv"].open() as file:
         rows = {(row["form"], int(row["batch"])): row for row in csv.DictReader(file)}
@@ -201,7 +200,7 @@ def test_a_form_that_computes_something_else_is_not_timed(
 
 def test_files_that_take_pixels_are_checked_against_normalized_images(tmp_path: Path) -> None:
     write_artefact(tmp_path / "pixels", formats=["torch_export"], preprocess=True)
-    subject = find_subject(str(tmp_path / "pixels"))
+    subject = find_subject(str(tmp_path / "pixels"), trust=["native"])
     assert [export.preprocess for export in subject.exports] == [True]
     (row,) = benchmark(subject, ["torch_export"], FEW)
     assert (row.status, row.reason) == ("timed", None)
@@ -394,8 +393,9 @@ def test_what_cannot_be_made_is_skipped_with_the_reason(
 
 
 def test_the_forms_of_an_artefact_are_its_files(artefact: Path, subject: Subject) -> None:
-    own = forms_of(find_subject(str(artefact)), [], "cpu")
-    assert {name for name, form in own.items() if form.runtime} == {"torch_export"}
+    for trust, files in (["native"], {"torch_export"}), ([], set()):
+        own = forms_of(find_subject(str(artefact), trust=trust), [], "cpu")
+        assert {name for name, form in own.items() if form.runtime} == files
     assert {"onnx", "openvino_int8", "aot"} <= forms_of(subject, [], "cpu").keys()
     assert {"cudagraphs_fp16", "tensorrt"} <= forms_of(subject, [], "cuda").keys()
     assert not {"openvino_int8"} & forms_of(subject, [], "cuda").keys()

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import os
-import pickle
-import re
-import shutil
-import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._export.serde.schema import SCHEMA_VERSION
 
 import repnet
 from repnet.deploy.formats import ExportError, Format, format_named
@@ -328,212 +320,6 @@ def test_a_damaged_file_is_an_export_error(name: str, contents: bytes, tmp_path:
 def skip_without_packages(chosen: Format) -> None:
     for package in chosen.packages:
         pytest.importorskip(package)
-
-
-# Files of torch.export that run code when they are loaded.
-
-
-class Payload:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("executed"),))
-
-
-Records = dict[str, bytes]
-
-
-def edit_model(records: Records, edit: Callable[[Any], None]) -> Records:
-    model = json.loads(records["models/model.json"])
-    edit(model)
-    return records | {"models/model.json": json.dumps(model).encode()}
-
-
-def pickled_inputs(records: Records) -> Records:
-    buffer = io.BytesIO()
-    torch.save(((Payload(),), {}), buffer)
-    return records | {"data/sample_inputs/model.pt": buffer.getvalue()}
-
-
-def pickled_weight(records: Records) -> Records:
-    buffer = io.BytesIO()
-    torch.save(Payload(), buffer)
-    key = "data/weights/model_weights_config.json"
-    config = json.loads(records[key])
-    next(iter(config["config"].values()))["use_pickle"] = True
-    return records | {
-        key: json.dumps(config).encode(), "data/weights/weight_0": buffer.getvalue()
-    }  # fmt: skip
-
-
-def pickled_object(records: Records) -> Records:
-    return records | {"data/constants/opaque_obj_0": pickle.dumps(Payload())}
-
-
-def library(records: Records) -> Records:
-    return records | {"data/aotinductor/model/evil.so": b"\x7fELF"}
-
-
-def second_model(records: Records) -> Records:
-    return records | {"models/other.json": records["models/model.json"]}
-
-
-def guard(records: Records) -> Records:
-    code = "__import__('pathlib').Path('executed').touch() is None"
-    return edit_model(records, lambda model: model.update(guards_code=[code]))
-
-
-def guard_in_text(records: Records) -> Records:
-    code = 'L[\'x\'] != \'"+str(__import__("pathlib").Path("executed").touch())+"\''
-    return edit_model(records, lambda model: model.update(guards_code=[code]))
-
-
-def expression(records: Records) -> Records:
-    text = records["models/model.json"].decode()
-    code = "__import__('pathlib').Path('executed').touch() or Symbol('s0')"
-    start = text.index("Symbol('")
-    end = text.index(")", start) + 1
-    return records | {"models/model.json": (text[:start] + code + text[end:]).encode()}
-
-
-def rebinding(records: Records) -> Records:
-    code = "[Symbol(L['x']) for Symbol in [exit]]"
-    return edit_model(records, lambda model: model.update(guards_code=[code]))
-
-
-def operator(records: Records) -> Records:
-    def edit(model: Any) -> None:
-        model["graph_module"]["graph"]["nodes"][0]["target"] = "torch.ops.load_library"
-
-    return edit_model(records, edit)
-
-
-def container(records: Records) -> Records:
-    def edit(model: Any) -> None:
-        (first, *_) = model["graph_module"]["module_call_graph"]
-        spec = first["signature"]["in_spec"]
-        first["signature"]["in_spec"] = spec.replace("builtins.dict", "collections.defaultdict", 1)
-
-    return edit_model(records, edit)
-
-
-HOSTILE = {
-    pickled_inputs: "pickled sample inputs",
-    pickled_weight: "the pickle of 'stem.conv.weight'",
-    pickled_object: "'data/constants/opaque_obj_0'",
-    library: "'data/aotinductor/model/evil.so'",
-    second_model: "'models/other.json'",
-    guard: "the condition",
-    guard_in_text: "the condition",
-    expression: "the expression",
-    rebinding: "the condition",
-    operator: "the operator 'torch.ops.load_library'",
-    container: "the container 'collections.defaultdict'",
-}
-
-
-@pytest.mark.parametrize(("change", "reason"), HOSTILE.items())
-def test_a_graph_that_would_run_code_is_refused(
-    change: Callable[[Records], Records],
-    reason: str,
-    pt2: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "model.pt2"
-    rewrite(pt2, path, change)
-    with pytest.raises(
-        ExportError, match=f"could run code when it is loaded.*holds {re.escape(reason)}"
-    ):
-        format_named("torch_export").load(path)
-    assert not Path("executed").exists()
-
-
-def test_torch_itself_would_run_that_code(pt2: Path, tmp_path: Path) -> None:
-    code = "import os, torch\n"
-    changes = [pickled_inputs, pickled_weight, expression]
-    for change in changes:
-        directory = tmp_path / change.__name__
-        directory.mkdir()
-        rewrite(pt2, directory / "model.pt2", change)
-        code += f"os.chdir({str(directory)!r})\n"
-        code += "try: torch.export.load('model.pt2')\nexcept Exception: pass\n"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=True)
-    assert [c for c in changes if not (tmp_path / c.__name__ / "executed").exists()] == []
-
-
-def test_the_same_archive_written_again_is_accepted(
-    pt2: Path, network: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
-    path = tmp_path / "model.pt2"
-    rewrite(pt2, path, lambda records: records)
-    torch.testing.assert_close(format_named("torch_export").load(path)(images), network(images))
-
-
-def test_a_file_beside_the_archive_is_refused(pt2: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    shutil.copy(pt2, path)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("version", "8.0")  # makes torch read the file by its older rules
-    with pytest.raises(ExportError, match="is not a file of torch.export"):
-        format_named("torch_export").load(path)
-
-
-def test_what_another_reader_finds_in_the_file_is_not_run(
-    pt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "model.pt2"
-    rewrite(pt2, path, lambda records: records)
-    with zipfile.ZipFile(path) as archive:
-        program = archive.read("model/models/model.json")
-    names = ("state_dict", "constants", "example_inputs")
-    old = {
-        "version": ".".join(map(str, SCHEMA_VERSION)).encode(),
-        "serialized_exported_program.json": program,
-        **{f"serialized_{name}.pt": pickle.dumps(Payload()) for name in names},
-    }
-    path.write_bytes(in_two_ways(path.read_bytes(), old))
-    with pytest.raises(ExportError, match="model.pt2' cannot be loaded"):
-        format_named("torch_export").load(path)
-    assert not Path("executed").exists()
-    code = "import torch\ntry: torch.export.load('model.pt2')\nexcept Exception: pass"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=True)
-    assert Path("executed").exists()  # torch itself would have run it
-
-
-def in_two_ways(whole: bytes, hidden: Records, size: int = 20_000) -> bytes:
-    """Return an archive of which torch finds the list at the place that the end of the file names.
-
-    The first record there is damaged. Python takes the list right before the end, that of `hidden`,
-    and all positions to be shifted by the distance of both lists.
-    """
-    count, _, start, _ = struct.unpack("<HIIH", whole[-12:])
-    body = bytes([whole[0] ^ 1]) + whole[1:start]
-    buffer = io.BytesIO(bytes(len(body) - size))
-    buffer.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, contents in hidden.items():
-            archive.writestr(name, contents)
-        end = archive.start_dir
-    added = buffer.getvalue()[len(body) - size :]
-    split = end - (len(body) - size)
-    lists = []
-    for listed in (whole[start:-22], added[split:-22]):  # as long as each other, by a comment
-        last, comment = listed.rindex(b"PK\1\2"), size - len(listed)
-        lists.append(
-            listed[: last + 32] + struct.pack("<H", comment) + listed[last + 34 :] + bytes(comment)
-        )
-    position = len(body) + split
-    ending = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, position, 0)
-    return body + added[:split] + b"".join(lists) + ending
-
-
-def rewrite(source: Path, target: Path, change: Callable[[Records], Records]) -> None:
-    with zipfile.ZipFile(source) as archive:
-        records = {name.removeprefix("model/"): archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(target, "w") as archive:
-        for name, contents in change(records).items():
-            archive.writestr(f"model/{name}", contents)
 
 
 def test_image_specs_survive_text() -> None:

@@ -25,7 +25,7 @@ from repnet.errors import InputError
 from repnet.files import sha256
 from repnet.hub import from_hub, pull, push_to_hub, write_model_card
 from repnet.hub.__main__ import main
-from tests.artefacts import write_artefact
+from tests.artefacts import rewrite, write_artefact
 from tests.commands import environment
 from tests.models import randomize_batch_norm
 
@@ -65,9 +65,7 @@ REPORT = {
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("hub") / "deploy"
-    write_artefact(directory, formats=["torch_export"])
-    (directory / "report.json").write_text(json.dumps(REPORT))
-    (directory / "report.html").write_text("<h1>Verified</h1>")
+    write_artefact(directory, formats=["torch_export"], report=REPORT)
     return directory
 
 
@@ -115,7 +113,7 @@ def test_the_card_tells_what_was_measured(artefact: Path) -> None:
     ] in rows
     assert ["| deploy form", "model.safetensors", "91.25%", "0.00%", "100.00%", "2.5", "|"] in rows
     assert "1,234 predictions of the test split" in body
-    assert "from_hub('somebody/clothes', file='model.pt2')" in body
+    assert "from_hub('somebody/clothes', file='model.pt2', trust=['native'])" in body
     assert "int8" not in body
     for file, digest in json.loads((artefact / "model.json").read_text())["hashes"].items():
         assert f"| {file} | `{digest}` |" in body
@@ -125,14 +123,15 @@ def test_the_card_tells_what_was_measured(artefact: Path) -> None:
 
 
 def test_the_card_says_what_files_need_and_where_they_were_timed(artefact: Path) -> None:
-    report = json.loads((artefact / "report.json").read_text())
-    compiled = report["exports"][0] | {"format": "aot_inductor", "file": "model.aot.pt2"}
-    report["exports"] += [compiled | {"preprocess": True}]
-    report["latency"] = {"batch": 8, "device": "GPU", "devices": {"a": "GPU", "b": "CPU"}}
-    (artefact / "report.json").write_text(json.dumps(report))
+    def change(report: dict[str, Any]) -> None:
+        other = report["exports"][0] | {"format": "onnx", "file": "model.onnx"}
+        report["exports"] += [other | {"preprocess": True}]
+        report["latency"] = {"batch": 8, "device": "GPU", "devices": {"a": "GPU", "b": "CPU"}}
+
+    rewrite(artefact, "report.json", change)
     body = write_model_card(artefact).read_text()
-    assert "file='model.pt2')\n" in body
-    assert "file='model.aot.pt2', trust=['native'])  # uint8 images\n" in body
+    assert "file='model.pt2', trust=['native'])\n" in body
+    assert "file='model.onnx')  # uint8 images\n" in body
     assert "Latency: 8 images, GPU; files on the CPU: CPU. Drop" in body
 
 
@@ -154,7 +153,7 @@ def test_to_a_folder_and_back(artefact: Path, tmp_path: Path) -> None:
     names = {"model.safetensors", "model.json", "model.pt2", "report.json", "report.html"}
     assert {p.name for p in (tmp_path / "a folder").iterdir()} == names | {"README.md"}
     same_outputs(artefact, from_hub(url))
-    same_outputs(artefact, from_hub(tmp_path / "a folder", file="model.pt2"))
+    same_outputs(artefact, from_hub(tmp_path / "a folder", file="model.pt2", trust=["native"]))
     assert pull(url, tmp_path / "pulled") == tmp_path / "pulled"
     for name in names:
         assert (tmp_path / "pulled" / name).read_bytes() == (artefact / name).read_bytes()
@@ -180,15 +179,8 @@ def test_a_card_of_another_artefact_is_not_pushed(artefact: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def rewrite(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
-    def damage(directory: Path) -> None:
-        contents = json.loads((directory / name).read_text())
-        change(contents)
-        if name == "model.json":  # by one who knows of its sum
-            del contents["sha256"]
-        (directory / name).write_text(json.dumps(contents))
-
-    return damage
+def rewritten(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    return lambda directory: rewrite(directory, name, change)
 
 
 def flip(path: Path) -> None:
@@ -201,19 +193,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights": (lambda d: flip(d / "model.safetensors"), r"deploy/model\.safetensors' was changed"),
     "export": (lambda d: flip(d / "model.pt2"), r"deploy/model\.pt2' was changed"),
     "a missing file": (lambda d: (d / "model.pt2").unlink(), "has no model.pt2"),
-    "no report": (lambda d: (d / "report.json").unlink(), "nobody verified it"),
-    "refused": (rewrite("report.json", lambda r: r.update(verified=False)), "not verified"),
-    "words": (rewrite("report.json", lambda r: r.update(verified="yes")), "not verified"),
-    "half a report": (lambda d: (d / "report.json").write_text("{"), "damaged"),
-    "no accuracy": (rewrite("report.json", lambda r: r.pop("metrics")), "incomplete"),
+    "no report": (lambda d: (d / "report.json").unlink(), "has no report.json"),
+    "refused": (rewritten("report.json", lambda r: r.update(verified=False)), "not verified"),
+    "words": (rewritten("report.json", lambda r: r.update(verified="yes")), "not verified"),
+    "another report": (lambda d: flip(d / "report.json"), r"report\.json' was changed"),
+    "a script": (lambda d: (d / "report.html").write_text("<script>"), r"html' was changed"),
+    "an unlisted report": (
+        rewritten("model.json", lambda m: m["hashes"].pop("report.json")), "nobody verified it",
+    ),
+    "no accuracy": (rewritten("report.json", lambda r: r.pop("metrics")), "incomplete"),
     "an export that failed": (
-        rewrite("report.json", lambda r: r["exports"][0].update(verified=False)),
+        rewritten("report.json", lambda r: r["exports"][0].update(verified=False)),
         "does not say that 'model.pt2' is verified",
     ),
-    "no export": (rewrite("report.json", lambda r: r.update(exports=[])), "'model.pt2'"),
-    "a malformed export": (rewrite("report.json", lambda r: r.update(exports=[3])), "malformed"),
+    "no export": (rewritten("report.json", lambda r: r.update(exports=[])), "'model.pt2'"),
+    "a malformed export": (rewritten("report.json", lambda r: r.update(exports=[3])), "malformed"),
     "a file elsewhere": (
-        rewrite("model.json", lambda m: m["hashes"].update({"../secret": "0"})), "outside",
+        rewritten("model.json", lambda m: m["hashes"].update({"../secret": "0"})), "outside",
     ),
     "no artefact": (lambda d: (d / "model.json").unlink(), "not a deploy model"),
 }  # fmt: skip
@@ -239,7 +235,7 @@ def test_what_was_changed_on_the_way_is_not_pulled(artefact: Path, tmp_path: Pat
         pull(tmp_path / "hub", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
     with pytest.raises(InputError, match="was changed"):
-        from_hub(tmp_path / "hub", file="model.pt2")
+        from_hub(tmp_path / "hub", file="model.pt2", trust=["native"])
 
 
 class FakeApi:
@@ -296,7 +292,7 @@ def test_to_the_hub_and_back(artefact: Path, tmp_path: Path, fake: type[FakeApi]
     assert "from_hub('somebody/clothes')" in body
     model = from_hub("somebody/clothes", revision="dev", cache_dir=tmp_path, token="t")
     same_outputs(artefact, model)
-    same_outputs(artefact, from_hub("somebody/clothes", file="model.pt2"))
+    same_outputs(artefact, from_hub("somebody/clothes", file="model.pt2", trust=["native"]))
     assert fake.calls[-2] == (
         "snapshot_download",
         {"repo_id": "somebody/clothes", "revision": "dev", "cache_dir": tmp_path, "token": "t"},
@@ -415,4 +411,4 @@ def test_a_real_deployment_is_pushed(tmp_path: Path) -> None:
     assert "360 predictions of the test split" in body
     assert "| torch_export fp32 | model.pt2 |" in body
     assert "private" not in body
-    from_hub(tmp_path / "hub", file="model.pt2")
+    from_hub(tmp_path / "hub", file="model.pt2", trust=["native"])

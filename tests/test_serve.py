@@ -37,13 +37,12 @@ FOLDER = ROOT / "examples" / "serve"
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("serve") / "deploy"
-    write_artefact(directory, formats=["torch_export"])
     report = {
         "verified": True,
         "metrics": {"deploy_form": {"top1": 0.75}},
         "exports": [{"file": "model.pt2", "top1": 0.5}],
     }
-    (directory / "report.json").write_text(json.dumps(report))
+    write_artefact(directory, formats=["torch_export"], report=report)
     return directory
 
 
@@ -118,6 +117,7 @@ def test_it_says_what_it_serves(
     app: Any, artefact: Path, monkeypatch: pytest.MonkeyPatch, file: str | None, top1: float
 ) -> None:
     monkeypatch.setenv("REPNET_ARTEFACT", str(artefact / file if file else artefact))
+    monkeypatch.setenv("REPNET_TRUST", "native")
     with testing.TestClient(app.app) as client:
         assert client.get("/health").json() == {"status": "ok"}
         model = client.get("/model").json()

@@ -169,8 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="may be imported to build the network of a file; native: files of machine code "
-        "(AOTInductor, TensorRT) in an artefact may be run",
+        help="may be imported to build the network of a file; native: files of an artefact "
+        "that are code (torch.export, AOTInductor, TensorRT) may be run",
     )
     return parser
 

@@ -145,7 +145,8 @@ class Kitchen:
         if self.subject.is_artifact:
             export = self.subject.export_of(form.runtime, form.precision)
             if export is None:
-                raise Skip("not among the files of this artefact")
+                code = "; a file that is code needs --trust native" if chosen.native else ""
+                raise Skip(f"not among the files of this artefact{code}")
             return Recipe(export.path, self.device, form, export.preprocess)
         try:
             return Recipe(self._exported(chosen, form.precision), self.device, form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from repnet.checkpoint import find_checkpoint, model_from, read_checkpoint
 from repnet.deploy.artifact import (
     DESCRIPTION,
+    WEIGHTS,
     check_hashes,
+    extent,
     files_of,
+    image_shape,
     load_deployed,
     read_description,
+    read_report,
 )
 from repnet.deploy.formats import format_named
 from repnet.errors import InputError
 from repnet.fold import reparameterize
 from repnet.models import create_model, list_models
-from repnet.spec import MODEL_PACKAGES, build, unknown_name
+from repnet.outline import outline
+from repnet.spec import MODEL_PACKAGES, build, foreign_packages, unknown_name
+
+_BRANCHES = 20  # times the weights of the deploy form that those of a train form may be
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def _from_checkpoint(path: Path, trust: Sequence[str]) -> Subject:
     contents = read_checkpoint(path)
     found = find_checkpoint(path)
     train_form = model_from(contents, found, trust=trust).eval()
-    shape = _shape(contents["repnet"].get("data"), found)
+    shape = image_shape(contents["repnet"].get("data"), found)
     run = found.parent.parent if found.parent.name == "checkpoints" else found
     return Subject(run.name, shape, train_form, reparameterize(train_form, _example(shape)))
 
@@ -132,9 +138,9 @@ def _from_checkpoint(path: Path, trust: Sequence[str]) -> Subject:
 def _from_artifact(directory: Path, trust: Sequence[str]) -> Subject:
     description = read_description(directory)
     data = description.get("data") or {}
-    shape = _shape(data, directory)
+    shape = image_shape(data, directory)
     deploy_form = load_deployed(directory, trust=trust)
-    report = _read_report(directory)
+    report = read_report(directory, description) or {}
     measured = {
         (entry.get("format"), entry.get("precision")): entry.get("top1")
         for entry in report.get("exports") or []
@@ -156,8 +162,12 @@ def _from_artifact(directory: Path, trust: Sequence[str]) -> Subject:
         raise InputError(f"'{directory / DESCRIPTION}' lists its exports wrongly") from error
     # The artefact holds no weights of the train form, and its speed does not depend on them.
     spec = description["architecture"]["train_form"]
+    allowed = (*MODEL_PACKAGES, *trust)
+    if not foreign_packages(spec):
+        tensors, elements = extent(directory / WEIGHTS)
+        outline(spec, allowed=allowed, tensors=tensors, elements=elements, factor=_BRANCHES)
     torch.manual_seed(0)
-    train_form = randomize(build(spec, allowed=(*MODEL_PACKAGES, *trust)))
+    train_form = randomize(build(spec, allowed=allowed))
     top1 = {
         name: metrics["top1"]
         for name, metrics in (report.get("metrics") or {}).items()
@@ -191,22 +201,6 @@ def randomize(model: nn.Module) -> nn.Module:
 
 def _example(shape: Sequence[int]) -> torch.Tensor:
     return torch.randn(2, *shape)
-
-
-def _shape(data: Any, path: Path) -> tuple[int, ...]:
-    shape = data.get("input_shape") if isinstance(data, dict) else None
-    if not isinstance(shape, Sequence) or len(shape) != 3:
-        raise InputError(f"'{path}' does not say the shape of its images")
-    return tuple(int(length) for length in shape)
-
-
-def _read_report(directory: Path) -> dict[str, Any]:
-    path = directory / "report.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"'{path}' is damaged: {error}") from error
-    return report if isinstance(report, dict) else {}
 
 
 def _artifact_name(directory: Path) -> str:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from repnet.callbacks.drawing import draw_classes, draw_confusions, draw_worst, most_confused
 from repnet.callbacks.reparameterize import find_network
 from repnet.files import write_text
+from repnet.text import printable
 
 LABELS = ("labels", "label", "targets", "target", "y")
 
@@ -150,6 +151,7 @@ class Pictures(Callback):
         names = self.class_names or getattr(data, "class_names", None) or []
         if len(names) != self.classes:
             names = [str(index) for index in range(self.classes)]
+        names = [printable(str(name)) for name in names]
         totals = numpy.bincount(labels, minlength=self.classes)
         correct = numpy.bincount(labels[labels == predictions], minlength=self.classes)
         write_text(directory / "per_class.csv", _table(labels, predictions, names))

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from repnet.cli import command, evaluate, sweep, trials
+from repnet.cli.saved_config import read_config
 from repnet.errors import InputError
 from repnet.files import write_json
 from repnet.spec import foreign_packages
@@ -193,7 +194,7 @@ def _saved_config(cfg: DictConfig, directory: Path, overrides: list[str]) -> Any
             else "is not a run: it has no config.yaml"
         )
         raise InputError(f"cannot resume: '{cfg.resume}' {what}")
-    saved = OmegaConf.load(path)
+    saved = read_config(path)
     groups = [name for name in HydraConfig.get().runtime.choices if "/" not in str(name)]
     for override in overrides:
         key, _, value = override.partition("=")

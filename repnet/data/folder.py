@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from repnet.data.base import Splits
 from repnet.data.decoding import SUFFIXES
 from repnet.data.encoded import EncodedDataModule, EncodedImages, Names
 from repnet.errors import InputError
+from repnet.text import printable
 
 
 class ImageFolder(EncodedDataModule):
@@ -129,7 +131,7 @@ def scan(root: Path, split: str) -> Listing:
     empty_files: list[str] = []
     empty_classes: list[str] = []
     for label, class_name in enumerate(class_names):
-        if printable(class_name) != class_name:
+        if re.search("[\ud800-\udfff]", class_name):  # bytes that are not UTF-8
             raise InputError(
                 f"the name of the folder '{printable(class_name)}' in '{folder}' is not UTF-8; "
                 "rename it, as it becomes the name of the class"
@@ -181,11 +183,6 @@ def check_classes(listing: Listing, class_names: list[str], root: Path) -> None:
         raise InputError(
             f"'{listing.folder}' has other classes than '{root / 'train'}': {', '.join(different)}"
         )
-
-
-def printable(name: str) -> str:
-    """Return a file name as it can be printed, whatever its bytes."""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _files(folder: str, class_name: str) -> Iterator[str]:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repnet.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from repnet.deploy.device import usable_device
 from repnet.deploy.folded_layers import changed_layers, with_layers
-from repnet.errors import InputError
-from repnet.files import finite, sha256, write_atomically, write_json
-from repnet.spec import MODEL_PACKAGES, build, is_plain
+from repnet.errors import InputError, one_line
+from repnet.files import finite, read_json, sha256, write_atomically, write_json
+from repnet.outline import outline
+from repnet.spec import MODEL_PACKAGES, build, foreign_packages, is_plain
 
 FORMAT = "repnet-deploy"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
+REPORT, PAGE = "report.json", "report.html"
 
+_LARGEST_INPUT = 64_000_000  # values of an image: RGB of 4,600 x 4,600 pixels
 _EXPORT_KEYS = ("format", "precision", "file", "files", "preprocess")
 
 
@@ -37,6 +41,7 @@ def save_deployed(
     provenance: dict[str, Any] | None = None,
     equivalence: dict[str, Any] | None = None,
     exports: Sequence[dict[str, Any]] = (),
+    reports: Sequence[str] = (),
 ) -> None:
     """Write a folded model so that `load_deployed` gives it back from these files alone.
 
@@ -50,6 +55,7 @@ def save_deployed(
         equivalence: plain data: what was measured between the two forms.
         exports: of files that lie in `directory` already: `format`, `precision`, `file`, `files`,
             `preprocess` of each.
+        reports: other files that lie in `directory` already, whose hashes are kept as well.
 
     Raises:
         InputError: the architecture is unknown, does not fit the model, or is not plain data; the
@@ -76,7 +82,7 @@ def save_deployed(
         write_atomically(directory / WEIGHTS, lambda path: save_file(state, path), load_file)
     except SafetensorError as error:  # a full disk
         raise InputError(f"cannot write '{directory / WEIGHTS}': {error}") from error
-    files = [WEIGHTS, *(file for export in exports for file in export["files"])]
+    files = [WEIGHTS, *(file for export in exports for file in export["files"]), *reports]
     description = {
         "format": FORMAT,
         "version": VERSION,
@@ -102,8 +108,8 @@ def load_deployed(
 
     Args:
         path: directory with `model.json`, or a file in it.
-        trust: names of packages that may be imported to build the network; "native" for files of
-            machine code (AOTInductor, TensorRT).
+        trust: names of packages that may be imported to build the network; "native" for files that
+            are code (torch.export, AOTInductor, TensorRT).
         device: where it runs.
 
     Raises:
@@ -121,19 +127,42 @@ def load_deployed(
     check_hashes(directory, description, [WEIGHTS])
     architecture = description["architecture"]
     try:
-        model = build(architecture["train_form"], allowed=(*MODEL_PACKAGES, *trust))
-        model = with_layers(model, architecture["layers"])
+        model = _without_weights(architecture, directory / WEIGHTS, trust)
         # Cloned, because safetensors returns unaligned views, whose results differ in the last bit.
         state = {key: value.clone() for key, value in load_file(directory / WEIGHTS).items()}
         model.load_state_dict(state, strict=True, assign=True)
     except InputError as error:
         raise InputError(f"'{directory}': {error}") from error
     except Exception as error:  # what the files describe may be anything
-        raise InputError(f"'{directory}' does not describe its own weights: {error}") from error
+        raise InputError(
+            f"'{directory}' does not describe its own weights: {one_line(error)}"
+        ) from error
     model.architecture = architecture["train_form"]
     model.description = description  # type: ignore[assignment]
     model.input_is_uint8 = False  # type: ignore[assignment]
     return model.to(device).eval()
+
+
+def _without_weights(
+    architecture: dict[str, Any], weights: Path, trust: Sequence[str]
+) -> nn.Module:
+    """Return a network for weights to be assigned to; refuse one of quite another size."""
+    spec, layers = architecture["train_form"], architecture["layers"]
+    allowed = (*MODEL_PACKAGES, *trust)
+    if foreign_packages(spec):  # trusted, and may hold tensors that are not among its weights
+        return with_layers(build(spec, allowed=allowed), layers)
+    tensors, elements = extent(weights)
+    return outline(
+        spec, allowed=allowed, tensors=tensors, elements=elements,
+        change=lambda model: with_layers(model, layers),
+    )  # fmt: skip
+
+
+def extent(weights: Path) -> tuple[int, int]:
+    """Return how many tensors a safetensors file holds, and how many elements, from its header."""
+    with safe_open(weights, framework="pt") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+    return len(shapes), sum(math.prod(shape) for shape in shapes)
 
 
 class ExportedModel(nn.Module):
@@ -144,12 +173,12 @@ class ExportedModel(nn.Module):
 
     Args:
         path: of the file, beside `model.json`.
-        trust: with "native", files of machine code may be loaded.
+        trust: with "native", files that are code may be loaded.
         device: where it runs.
 
     Raises:
         InputError: the artefact does not have this file, it was changed, its runtime is missing, or
-            it would run machine code.
+            it is code and not trusted.
     """
 
     def __init__(self, path: str | Path, *, trust: Sequence[str] = (), device: str = "cpu") -> None:
@@ -168,19 +197,26 @@ class ExportedModel(nn.Module):
                 "verified it"
             )
         entry = entries[0]
-        check_hashes(path.parent, description, entry["files"])
         chosen = format_named(entry["format"])
+        file = path.with_name(entry["file"])
+        check_hashes(path.parent, description, entry["files"])
+        used = {part.relative_to(path.parent).as_posix() for part in chosen.contents(file)}
+        if unlisted := sorted(used - set(entry["files"])):
+            raise InputError(
+                f"'{path.parent / DESCRIPTION}' does not list '{unlisted[0]}', so that nobody "
+                "verified it"
+            )
         if chosen.native and "native" not in trust:
             raise InputError(
-                f"'{path}' is machine code, which can do whatever you can; if you made it or know "
-                "who did, pass trust=['native'] (commands: --trust native)"
+                f"'{path}' is code, which can do whatever you can; if you made it or know who "
+                "did, pass trust=['native'] (commands: --trust native). model.safetensors and ONNX "
+                "files hold no code"
             )
         chosen.require()
         self.description = description
         self.precision = str(entry["precision"])
         self.input_is_uint8 = bool(entry["preprocess"])
         try:
-            file = path.with_name(entry["file"])
             self.runner = chosen.load(file, precision=self.precision, device=device)
         except ExportError as error:
             raise InputError(f"'{path}' cannot be run: {error}") from error
@@ -212,6 +248,47 @@ def check_hashes(directory: Path, description: dict[str, Any], files: Sequence[s
             )
 
 
+def read_report(directory: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """Return `report.json` of an artefact, None where there is none.
+
+    Raises:
+        InputError: it is damaged, or not the one that was written with the artefact.
+    """
+    if not (directory / REPORT).is_file():
+        return None
+    check_hashes(directory, description, [REPORT])
+    report = read_json(directory / REPORT)
+    if not isinstance(report, dict):
+        raise InputError(f"'{directory / REPORT}' is damaged: it holds no object")
+    return report
+
+
+def image_shape(data: Any, path: Path) -> tuple[int, int, int]:
+    """Return `(channels, height, width)` of the images of a network.
+
+    Args:
+        data: of its description.
+        path: for messages.
+
+    Raises:
+        InputError: it does not say, or no such image could be held in memory.
+    """
+    shape = data.get("input_shape") if isinstance(data, dict) else None
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) != 3
+        or not all(isinstance(length, int) and length > 0 for length in shape)
+    ):
+        raise InputError(f"'{path}' does not say the shape of its images: input_shape is {shape!r}")
+    channels, height, width = shape
+    if channels * height * width > _LARGEST_INPUT:
+        raise InputError(
+            f"'{path}' says that its images have the shape {shape}; more than "
+            f"{_LARGEST_INPUT:,} values are not taken"
+        )
+    return channels, height, width
+
+
 def files_of(entry: Any) -> list[str]:
     """Return the files of an entry of `exports`, none where it is malformed or leads elsewhere."""
     if not isinstance(entry, dict) or not set(_EXPORT_KEYS) <= entry.keys():
@@ -240,10 +317,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         if Path(directory).suffix == ".ckpt" or (Path(directory) / "checkpoints").is_dir():
             hint = f" (it is a {CHECKPOINT_FORMAT} in train form; deploy it first with deploy.py)"
         raise InputError(f"'{directory}' is not a deploy model: there is no '{path}'{hint}")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged: {error}") from error
+    description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(f"'{path}' is not the description of a repnet deploy model")
     version = description.get("version")

@@ -62,7 +62,7 @@ class Export:
 
     def describe(self, top1: float, preprocess: bool) -> dict[str, Any]:
         """Return the entry of `report.json`; `top1` is that of the train form."""
-        files = self.files() if self.status == "verified" else []
+        files = self.format.contents(self.path) if self.status == "verified" else []
         compared = self.comparison
         return {
             "format": self.format.name,
@@ -85,14 +85,6 @@ class Export:
             "latency_ms": self.latency and self.latency["median"],
             "latency": self.latency,
         }
-
-    def files(self) -> list[Path]:
-        """Return all files of the export; of one that is a directory, those inside."""
-        found: list[Path] = []
-        for path in self.format.files(self.path):
-            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            found += inside
-        return found
 
 
 class Exporting:

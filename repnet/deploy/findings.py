@@ -18,6 +18,7 @@ from repnet.deploy.kernel_pictures import kernel_pictures, pictured_blocks
 from repnet.deploy.where import where
 from repnet.equivalence import TOLERANCES, Equivalence
 from repnet.fold import FoldReport
+from repnet.text import printable
 
 MOST_CLASSES = 200  # of a confusion matrix; of more, the pairs that are confused most
 WORST_PAIRS = 50
@@ -87,7 +88,12 @@ def _confusion(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
     counts = torch.bincount(labels * classes + predicted, minlength=classes**2)
     matrix = counts.reshape(classes, classes)
     if classes <= MOST_CLASSES:
-        return {"confusion": {"class_names": list(names), "matrix": matrix.tolist()}}
+        return {
+            "confusion": {
+                "class_names": [printable(name) for name in names],
+                "matrix": matrix.tolist(),
+            }
+        }
     wrong = matrix.clone().fill_diagonal_(0).flatten()
     counts, places = wrong.topk(min(WORST_PAIRS, len(wrong)))
     return {
@@ -102,7 +108,7 @@ def _confusion(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _name(index: int, names: Sequence[str]) -> str:
-    return names[index] if index < len(names) else str(index)
+    return printable(names[index]) if index < len(names) else str(index)
 
 
 def _close(close: Close, data: ImageDataModule) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from repnet.callbacks.recalibration import recalibrate_batch_norm
 from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_checkpoint
 from repnet.data import ImageDataModule
 from repnet.deploy import findings
-from repnet.deploy.artifact import DESCRIPTION, load_deployed, save_deployed
+from repnet.deploy.artifact import DESCRIPTION, PAGE, REPORT, load_deployed, save_deployed
 from repnet.deploy.device import hardware, usable_device
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting
@@ -38,6 +38,7 @@ from repnet.errors import InputError
 from repnet.files import sha256, write_json
 from repnet.fold import reparameterize
 from repnet.spec import DATA_PACKAGES, build
+from repnet.text import printable
 
 PROOF_SAMPLES = 4  # real images on which every block is compared in float64
 LATENCY_SECONDS = 3.0  # that slow networks are timed for, about; at least MIN_RUNS each
@@ -110,6 +111,10 @@ def deploy(
         else:
             exports = [export for export in report["exports"] if export["verified"]]
             stage.keep([file for export in exports for file in export["files"]])
+        report["wall_seconds"] = time.perf_counter() - started
+        write_json(stage.path / REPORT, report)
+        write_html(report, stage.path / PAGE)
+        if report["verified"]:
             save_deployed(
                 deploy_form,
                 stage.path,
@@ -121,14 +126,11 @@ def deploy(
                     for key in ("samples", "agreement", "max_relative_error", "metrics")
                 },
                 exports=exports,
+                reports=[REPORT, PAGE],
             )
-        report["wall_seconds"] = time.perf_counter() - started
-        write_json(stage.path / "report.json", report)
-        write_html(report, stage.path / "report.html")
     if report["refusal"]:
         raise VerificationError(
-            f"not deployed: {report['refusal']}. No model was saved; see "
-            f"{stage.directory / 'report.html'}"
+            f"not deployed: {report['refusal']}. No model was saved; see {stage.directory / PAGE}"
         )
     if stage.directory.resolve() != directory.resolve():
         raise InputError(
@@ -324,7 +326,9 @@ def _data(
 
 
 def _some(names: Sequence[Any]) -> str:
-    return ", ".join(str(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(printable(str(name)) for name in names[:3]) + (
+        ", ..." if len(names) > 3 else ""
+    )
 
 
 def _device(name: str) -> torch.device:

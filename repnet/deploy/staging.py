@@ -10,11 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from repnet.deploy.artifact import DESCRIPTION, WEIGHTS
+from repnet.deploy.artifact import DESCRIPTION, PAGE, REPORT, WEIGHTS
 from repnet.errors import InputError
 from repnet.files import NEW, replace_directory, reserve, sweep_leftovers
 
-REPORTS = ("report.json", "report.html")  # of an earlier refusal: nothing to lose
+REPORTS = (REPORT, PAGE)  # of an earlier refusal: nothing to lose
 CARD = "README.md"  # of `repnet.hub`
 
 

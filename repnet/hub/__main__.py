@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     card.add_argument("--overwrite", action="store_true", help="replace a README.md")
     for command in (push, card):
-        command.add_argument("--license", help="identifier for the card, such as apache-2.0")
+        command.add_argument("--license", help="the Hub's identifier of it, such as apache-2.0")
     return parser
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,13 +10,32 @@ from typing import Any
 import yaml
 
 from repnet import __version__
-from repnet.deploy.artifact import WEIGHTS, read_description
+from repnet.deploy import artifact
+from repnet.deploy.artifact import REPORT, WEIGHTS, read_description
 from repnet.deploy.formats import format_named
 from repnet.deploy.staging import CARD
 from repnet.errors import InputError
 from repnet.files import write_text
+from repnet.spec import unknown_name
+from repnet.text import printable
 
-REPORT = "report.json"
+# What the Hub knows as a license: https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = (
+    *("afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0"),
+    *("bigcode-openrail-m", "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd"),
+    *("bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "bsl-1.0", "c-uda", "cc", "cc-by-2.0"),
+    *("cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0"),
+    *("cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0"),
+    *("cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0"),
+    *("cdla-permissive-1.0", "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m"),
+    *("deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1"),
+    *("eupl-1.2", "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0"),
+    *("gpl-3.0", "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr"),
+    *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit"),
+    *("mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1", "openmdw-1.0", "openrail"),
+    *("openrail++", "osl-3.0", "other", "pddl", "postgresql", "unknown", "unlicense", "wtfpl"),
+    "zlib",
+)
 
 
 def write_model_card(
@@ -28,12 +46,15 @@ def write_model_card(
     Args:
         directory: that `deploy.py` wrote.
         repo_id: that the card's examples load.
-        license: identifier for the Hub; None leaves it out.
+        license: one of `LICENSES`, the Hub's identifiers; None leaves it out.
 
     Raises:
-        InputError: the artefact is not verified, or its report is incomplete.
+        InputError: the artefact is not verified, its report is incomplete, or the Hub does not know
+            the license.
     """
     directory = Path(directory)
+    if license is not None and license not in LICENSES:
+        raise InputError(unknown_name("license", license, LICENSES))
     description = read_description(directory)
     report = read_report(directory, description)
     try:
@@ -64,18 +85,15 @@ def read_report(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
     """Return `report.json` of an artefact.
 
     Raises:
-        InputError: it is missing or damaged, or does not say that each file is verified.
+        InputError: it is missing or changed, or does not say that each file is verified.
     """
     path = directory / REPORT
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    report = artifact.read_report(directory, description)
+    if report is None:
         raise InputError(
             f"'{directory}' has no {REPORT}, so that nobody verified it; make it with deploy.py"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged: {error}") from error
-    if not isinstance(report, dict) or report.get("verified") is not True:
+        )
+    if report.get("verified") is not True:
         raise InputError(f"'{path}' says that the model is not verified; deploy it again")
     try:
         verified = {export["file"] for export in _verified(report)}
@@ -96,10 +114,10 @@ def _card(
     description: dict[str, Any], report: dict[str, Any], repo_id: str, license: str | None
 ) -> str:
     provenance = report.get("provenance") or {}
-    data = str(provenance.get("data", "images"))
-    name = _model_name(description)
+    data = printable(str(provenance.get("data", "images")))
+    name = printable(_model_name(description))
     exports = _verified(report)
-    split = str(provenance.get("split", "test"))
+    split = printable(str(provenance.get("split", "test")))
     top1 = report["metrics"]["deploy_form"]["top1"]
     header: dict[str, Any] = {
         **({"license": license} if license else {}),
@@ -209,7 +227,7 @@ def _usage(repo_id: str, exports: Sequence[dict[str, Any]], classes: int) -> lis
         f"model = from_hub({repo_id!r})  # nn.Module: normalized images to {classes} logits",
     ]
     for export in exports:
-        # Machine code is loaded only where somebody says that he trusts its author.
+        # Code is loaded only where somebody says that he trusts its author.
         trust = ", trust=['native']" if format_named(export["format"]).native else ""
         takes = "  # uint8 images" if export.get("preprocess") else ""
         lines.append(f"model = from_hub({repo_id!r}, file={export['file']!r}{trust}){takes}")
@@ -256,7 +274,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    return printable(" ".join(str(value).split())).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _percent(value: float | None) -> str:

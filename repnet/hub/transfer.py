@@ -21,9 +21,7 @@ from repnet.deploy.artifact import (
 )
 from repnet.deploy.staging import CARD, Stage
 from repnet.errors import InputError, first_line
-from repnet.hub.card import REPORT, check_card, read_report, write_model_card
-
-_TEXTS = (DESCRIPTION, REPORT, "report.html", CARD)
+from repnet.hub.card import check_card, read_report, write_model_card
 
 
 def push_to_hub(
@@ -48,7 +46,7 @@ def push_to_hub(
         private: of a new repository; None for the owner's default.
         token: of the Hub; None for the one that is stored by `hf auth login`.
         revision: branch; None for the main one.
-        license: identifier for the generated card, for instance `apache-2.0`.
+        license: the Hub's identifier of it for the generated card, for instance `apache-2.0`.
         message: of the commit.
 
     Raises:
@@ -59,6 +57,7 @@ def push_to_hub(
         # What was checked is what is uploaded, whatever happens in the directory meanwhile.
         copy = Path(temporary)
         _copy(Path(directory), copy)
+        _copy_files(Path(directory), copy, [CARD])
         if (copy / CARD).exists():
             if license is not None:
                 raise InputError(
@@ -97,6 +96,8 @@ def pull(
 ) -> Path:
     """Download an artefact to a new directory, check it, and return the directory.
 
+    Nothing comes along that the artefact does not list, so that its card stays where it is.
+
     Args:
         repo_id: as in `push_to_hub`.
         directory: new or empty; if it is filled meanwhile, `directory.2` and so on is made.
@@ -108,9 +109,10 @@ def pull(
     """
     directory = Path(directory)
     _check_new(directory)
-    source = _folder(repo_id, revision) or _download(repo_id, revision=revision, token=token)
+    folder = _folder(repo_id, revision)
+    source = folder or _download(repo_id, revision=revision, token=token)
     with Stage(directory, overwrite=False) as stage:
-        _copy(source, stage.path)
+        _copy(source, stage.path, links=folder is None)
     return stage.directory
 
 
@@ -132,38 +134,65 @@ def from_hub(
         revision: branch, tag or commit; None for the main branch.
         cache_dir: of downloads; None for that of `huggingface_hub`.
         token: of the Hub.
-        trust: names of packages that may be imported to build the network.
+        trust: names of packages that may be imported to build the network; "native" for files that
+            are code.
         device: where it runs.
 
     Raises:
         InputError: there is no such artefact, or it was changed.
     """
-    source = _folder(repo_id, revision) or _download(
-        repo_id, revision=revision, token=token, cache_dir=cache_dir
-    )
+    source = _folder(repo_id, revision)
+    if source is None:
+        source = _download(repo_id, revision=revision, token=token, cache_dir=cache_dir)
+    else:
+        _refuse_links(source, [DESCRIPTION, *_listed(source)])
     return load_deployed(source / (file or WEIGHTS), trust=trust, device=device)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a verified artefact. What is checked is the copy."""
+def _copy(source: Path, target: Path, *, links: bool = False) -> None:
+    """Copy a verified artefact, and only what it lists. What is checked is the copy.
+
+    Args:
+        source: that holds it.
+        target: that receives it.
+        links: the files of `source` may be links out of it, as those of a download are.
+    """
     read_description(source)  # says best what else it may be
-    _copy_files(source, target, _TEXTS)
+    _copy_files(source, target, [DESCRIPTION], links=links)
     try:
+        files = _listed(target)
+        _copy_files(source, target, files, links=links)
         description = read_description(target)
+        check_hashes(target, description, files)
         read_report(target, description)
-        hashes = [str(file) for file in description["hashes"]]
-        for file in hashes:
-            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                raise InputError(
-                    f"'{target / DESCRIPTION}' lists '{file}', outside of the artefact"
-                )
-        _copy_files(source, target, hashes)
-        check_hashes(target, description, hashes)
     except InputError as error:
         raise InputError(str(error).replace(str(target), str(source))) from error
 
 
-def _copy_files(source: Path, target: Path, files: Iterable[str]) -> None:
+def _listed(directory: Path) -> list[str]:
+    """Return the files that an artefact lists.
+
+    Raises:
+        InputError: it is none, or one of them lies elsewhere.
+    """
+    files = [str(file) for file in read_description(directory)["hashes"]]
+    for file in files:
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise InputError(f"'{directory / DESCRIPTION}' lists '{file}', outside of the artefact")
+    return files
+
+
+def _refuse_links(directory: Path, files: Iterable[str]) -> None:
+    for file in files:
+        if not (directory / file).resolve().is_relative_to(directory.resolve()):
+            raise InputError(
+                f"'{directory / file}' is a link out of the artefact; put the file itself there"
+            )
+
+
+def _copy_files(source: Path, target: Path, files: Sequence[str], *, links: bool = False) -> None:
+    if not links:
+        _refuse_links(source, files)
     for file in files:
         if (source / file).is_file():
             (target / file).parent.mkdir(parents=True, exist_ok=True)

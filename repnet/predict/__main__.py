@@ -23,10 +23,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from repnet.data.folder import printable
 from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.predict.predictor import Prediction, Predictor, find_images
+from repnet.text import printable
 
 
 def main() -> None:
@@ -78,11 +78,14 @@ def _predict(
 
     predictions: list[Prediction] = []
     unreadable: list[tuple[str, str]] = []
+    workers = min(batch_size, os.cpu_count() or 1)
+    if predictor.takes_uint8 and predictor.resize is not None:  # of full size: not many at once
+        batch_size = workers
     # Standard output keeps the result; decoders release the interpreter's lock.
     console = Console(stderr=True)
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-        ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(workers) as pool,
     ):
         task = progress.add_task("classifying", total=len(paths))
         for start in range(0, len(paths), batch_size):
@@ -188,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="package that may be imported to build the network; native: run machine code",
+        help="package that may be imported to build the network; native: run files that are code",
     )
     parser.add_argument(
         "--skip-corrupt",

@@ -14,10 +14,20 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from repnet.data.decoding import SUFFIXES, decode
-from repnet.data.folder import printable
-from repnet.deploy.artifact import DESCRIPTION, WEIGHTS, ExportedModel, load_deployed
-from repnet.errors import InputError
+from repnet.data.decoding import MAX_PIXELS, SUFFIXES, decode
+from repnet.deploy.artifact import (
+    DESCRIPTION,
+    WEIGHTS,
+    ExportedModel,
+    image_shape,
+    load_deployed,
+)
+from repnet.errors import InputError, one_line
+from repnet.text import printable
+
+_LARGEST_SIDE = 8192  # pixels to which the shorter side of an image is resized
+_LARGEST_FILE = 1_000_000_000  # bytes; an image of `MAX_PIXELS` has 540 MB at 16 bits
+_STRIP = 1_000_000  # pixels of which gray levels are computed at once
 
 Source = str | Path | bytes | Image.Image | Tensor
 
@@ -47,7 +57,8 @@ class Predictor:
 
     Args:
         artefact: a directory that `deploy.py` wrote, or a file in it.
-        trust: names of packages that may be imported to build the network.
+        trust: names of packages that may be imported to build the network; "native" for files that
+            are code.
         device: of the network.
 
     Raises:
@@ -64,25 +75,24 @@ class Predictor:
         self.description: dict[str, Any] = self.model.description
         self.takes_uint8: bool = self.model.input_is_uint8
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        data: Any = self.description.get("data")
+        self.channels, self.height, self.width = image_shape(data, self.artefact)
         try:
-            data = self.description["data"]
-            self.channels, *size = (int(length) for length in data["input_shape"])
-            self.height, self.width = size
             self.resize, self.decode_at = (
                 None if data.get(key) is None else int(data[key]) for key in ("resize", "decode_at")
             )
             known = [side for side in (self.resize, self.decode_at) if side is not None]
-            if min(self.channels, *size, *known) < 1:
-                raise ValueError("a length must be at least 1")
+            if known and not 1 <= min(known) <= max(known) <= _LARGEST_SIDE:
+                raise ValueError(f"a length must be at least 1 and at most {_LARGEST_SIDE:,}")
             self.mean, self.std = (
                 torch.tensor(data[key], dtype=torch.float32).reshape(self.channels, 1, 1)
                 for key in ("mean", "std")
             )
-            self.class_names = [str(name) for name in data["class_names"]]
+            self.class_names = [printable(str(name)) for name in data["class_names"]]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"'{artefact}': its {DESCRIPTION} does not say how images are prepared (data: "
-                f"input_shape, mean, std, resize, class_names): {error!r}"
+                f"mean, std, resize, class_names): {error!r}"
             ) from error
         if self.channels not in (1, 3):
             raise InputError(
@@ -145,6 +155,7 @@ class Predictor:
         """
         try:
             pixels = _with_channels(_read(image, self.decode_at, formats), self.channels)
+            self._check_ratio(*pixels.shape[1:])
         except (OSError, ValueError) as error:
             name = f" '{printable(str(image))}'" if isinstance(image, str | Path) else ""
             raise InputError(f"cannot read the image{name}: {error}") from error
@@ -156,6 +167,15 @@ class Predictor:
             pixels = v2.functional.resize(pixels, [self.resize], antialias=True)
             pixels = v2.functional.center_crop(pixels, size)
         return pixels if self.takes_uint8 else (pixels.float() / 255 - self.mean) / self.std
+
+    def _check_ratio(self, height: int, width: int) -> None:
+        """Refuse an image whose longer side would be too long when its shorter one is resized."""
+        ratio = max(height, width) / min(height, width)
+        if self.resize is not None and ratio * self.resize**2 > MAX_PIXELS:
+            raise ValueError(
+                f"one of its sides is {ratio:,.0f} times as long as the other: {height:,} x "
+                f"{width:,} pixels"
+            )
 
     @torch.inference_mode()
     def classify(
@@ -169,12 +189,7 @@ class Predictor:
         groups = [list(group) for _, group in groupby(images, key=lambda image: image.shape)]
         if self.takes_uint8 and self.resize is not None:  # of full size: not many at once
             groups = [[image] for image in images]
-        probabilities = torch.cat(
-            [
-                self.model(torch.stack(group).to(self.device)).double().softmax(1).cpu()
-                for group in groups
-            ]
-        )
+        probabilities = torch.cat([self._probabilities(torch.stack(group)) for group in groups])
         if probabilities.shape[1] != len(self.class_names):
             raise InputError(
                 f"'{self.artefact}' returns {probabilities.shape[1]} classes, its {DESCRIPTION} "
@@ -190,6 +205,25 @@ class Predictor:
             predictions.append(Prediction(name, scores))
         return predictions
 
+    def _probabilities(self, images: Tensor) -> Tensor:
+        """Return probabilities in float64, `(batch, classes)`, on the CPU.
+
+        Raises:
+            InputError: the model does not take these images, or returns something else.
+        """
+        try:
+            logits: Tensor = self.model(images.to(self.device))
+            found = (logits.ndim, len(logits), logits.is_floating_point())
+            if found != (2, len(images), True):
+                raise ValueError(
+                    f"it returns {tuple(logits.shape)} of {logits.dtype} for {len(images)} images"
+                )
+            return logits.double().softmax(1).cpu()
+        except Exception as error:  # a file may describe any network, in any runtime
+            raise InputError(
+                f"'{self.artefact}' cannot classify images: {one_line(error)}"
+            ) from error
+
 
 def find_images(places: Iterable[str | Path]) -> list[Path]:
     """Return the files among `places`, and the images below the folders among them, sorted.
@@ -202,7 +236,7 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
         if not place.is_dir():
             if not place.exists():
                 raise InputError(f"there is no image or folder '{place}'")
-            if place.is_char_device() or place.is_block_device():  # such as /dev/zero, endless
+            if not place.is_file():  # a device or a pipe may be endless
                 raise InputError(f"'{place}' is neither a file nor a folder")
             found.append(place)
             continue
@@ -233,8 +267,18 @@ def _read(image: Source, decode_at: int | None, formats: tuple[str, ...] | None)
         if "transparency" in image.info:  # of a palette: PIL warns of the direct way
             image = image.convert("RGBA")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    contents = image if isinstance(image, bytes) else Path(image).read_bytes()
-    return decode(contents, decode_at=decode_at, formats=formats)
+    return decode(_contents(image), decode_at=decode_at, formats=formats)
+
+
+def _contents(image: str | Path | bytes) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    path = Path(image)
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    if path.exists() and path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"it has more than {_LARGEST_FILE:,} bytes")
+    return path.read_bytes()
 
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:
@@ -244,6 +288,12 @@ def _with_channels(pixels: Tensor, channels: int) -> Tensor:
         return pixels.expand(channels, -1, -1)
     if pixels.shape[0] != 3:
         raise ValueError(f"it has {pixels.shape[0]} channels, neither 1 (gray) nor 3 (RGB)")
+    # In strips, as int32 takes four times the memory, several times.
+    strips = pixels.split(max(1, _STRIP // pixels.shape[2]), 1)
+    return torch.cat([_gray(strip) for strip in strips], 1)
+
+
+def _gray(pixels: Tensor) -> Tensor:
     # PIL's weights (ITU-R 601-2), rounded: gray levels that were repeated come back as they were.
     red, green, blue = pixels.int()
     gray = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16

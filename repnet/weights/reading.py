@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from repnet.errors import InputError
+from repnet.files import refuse_compressed
 
 Source = str | Path | Mapping[str, Any]
 
@@ -115,6 +116,7 @@ def _load(path: str | Path) -> Any:
         raise InputError(f"'{path}' is {kind}")
     with path.open("rb") as file:
         start = file.read(9)
+    refuse_compressed(path)
     safetensors = start[8:] == b"{"  # after 8 bytes of length, a JSON header
     if not safetensors and start[:1] != b"\x80" and start[:2] != b"PK":  # a pickle, a zip file
         raise InputError(f"'{path}' is neither a torch nor a safetensors file")

@@ -30,7 +30,7 @@ class Format(ABC):
         precisions: that it can be written in; the first is the default.
         int8_packages: modules that `repnet.deploy.int8` needs in addition to quantize its float32
             file; None where it cannot.
-        native: whether the file is machine code, which no check makes safe.
+        native: whether the file is code, which no check makes safe.
     """
 
     name: ClassVar[str]
@@ -83,6 +83,14 @@ class Format(ABC):
     def files(self, path: Path) -> list[Path]:
         """Return the files that make up the export at `path`."""
         return [path]
+
+    def contents(self, path: Path) -> list[Path]:
+        """Return the files of the export at `path`; of one that is a directory, those inside."""
+        found: list[Path] = []
+        for file in self.files(path):
+            inside = sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]
+            found += inside
+        return found
 
     def file_name(self, precision: str = "fp32") -> str:
         """Return the name of the file in an artefact's directory."""

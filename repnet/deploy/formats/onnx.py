@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from repnet import __version__
 from repnet.deploy.formats.base import ExportError, Format, Runner
 from repnet.deploy.formats.torch_export import ImageSpec, exported_program
 from repnet.deploy.preprocess import Preprocessed
-from repnet.errors import first_line
+from repnet.errors import first_line, one_line
 
 # The one that torch's exporter writes without a conversion; ONNX Runtime 1.14 of 2023 runs it.
 OPSET = 18
 
 _CHATTER = ("onnxscript", "onnx_ir")  # they log each of their rewrites
 _DTYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8}
+_EXTERNAL = "session.model_external_initializers_file_folder_path"
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
 
@@ -61,18 +63,28 @@ class Onnx(Format):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # fatal; the message of an error is in its exception
         # Else its threads keep the cores busy after a call, while another runtime is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
         if torch.device(device).type == "cuda":
             providers = _cuda(onnxruntime, torch.device(device), tf32=precision != "fp32")
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
-            (value,) = session.get_inputs()
+            # From memory, with an empty directory beside it: no hash covers weights in other files.
+            with tempfile.TemporaryDirectory() as empty:
+                options.add_session_config_entry(_EXTERNAL, empty)
+                contents = path.read_bytes()
+                session = onnxruntime.InferenceSession(contents, options, providers=providers)
+            (value,), (_,) = session.get_inputs(), session.get_outputs()
         except Exception as error:  # ONNX Runtime has an error class for every status
-            raise ExportError(f"ONNX Runtime cannot load '{path}': {first_line(error)}") from error
-
+            reason = one_line(error)
+            if "External data" in reason:
+                reason = "it keeps weights in another file, which nobody verified"
+            raise ExportError(f"ONNX Runtime cannot load '{path}': {reason}") from error
+        if value.type not in _DTYPES:
+            raise ExportError(
+                f"'{path}' takes {value.type}, repnet gives images as {' or '.join(_DTYPES)}"
+            )
         sides = (side if isinstance(side, int) else None for side in value.shape)
         takes = ImageSpec(_DTYPES[value.type], tuple(sides))
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +25,15 @@ METADATA = "metadata.json"
 class TorchExport(Format):
     """`torch.export.save`; `torch.export.load(path).module()` runs it where torch is installed.
 
-    Such a file may hold pickles, Python expressions and native libraries, all of which
-    `torch.export.load` executes. `load` refuses a file with any of them; `export` writes none.
-    Where torch cannot read a file, `torch.export.load` tries it as one of an older kind, made of
-    pickles. `load` does not.
+    An exported program is code: its operators can write files, and `torch.export.load` executes
+    the pickles, Python expressions and native libraries that a file may hold. `export` writes none
+    of these, but no check of a file makes it safe, so its origin must be known.
     """
 
     name = "torch_export"
     suffix = ".pt2"
     precisions = ("fp32", "bf16")
+    native = True
 
     def export(
         self,
@@ -53,19 +50,14 @@ class TorchExport(Format):
         torch.export.save(program, path, extra_files=files)
 
     def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> Runner:
-        contents = path.read_bytes()  # once: what is checked is what is loaded
         try:
-            refuse_code(contents)
-        except ExportError as error:
-            raise ExportError(f"'{path}' {error}") from error
-        try:
-            program = load_pt2(io.BytesIO(contents)).exported_programs["model"]
+            program = load_pt2(str(path)).exported_programs["model"]
             if device != "cpu":
                 program = move_to_device_pass(program, device)
             takes = ImageSpec.of(program)
             module = program.module()
         except Exception as error:  # a file may be damaged in many ways
-            raise ExportError(f"'{path}' cannot be loaded: {error}") from error
+            raise ExportError(f"'{path}' cannot be loaded: {first_line(error)}") from error
 
         @torch.no_grad()
         def run(images: Tensor) -> Tensor:
@@ -195,108 +187,3 @@ def _is_torch(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace == "aten"
     return not isinstance(target, torch._ops.OperatorBase)  # arithmetic of sizes
-
-
-# Everything that `export` writes; whatever else torch.export.load would act upon is refused.
-_RECORDS = re.compile(
-    r"data/(weights/weight_\d+|constants/tensor_\d+|(weights|constants)/model_\w+_config\.json"
-    r"|sample_inputs/model\.pt)|models/model\.json|extra/.*|archive_(format|version)"
-    r"|\.data/\w+|byteorder"
-)
-_TARGETS = re.compile(
-    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_(int|float|max|min|not|sum)"
-    r"|_operator\.(add|sub|mul|neg|floordiv|truediv|mod|pow|eq|ne|lt|le|gt|ge|and_|or_|getitem)"
-    r"|math\.(ceil|floor|trunc)"
-)
-_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
-_FORMULA = (
-    ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.keyword,
-    ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.operator, ast.unaryop, ast.boolop,
-    ast.cmpop, ast.expr_context,
-)  # fmt: skip
-_FUNCTIONS = {
-    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "FloorDiv",
-    "CeilDiv", "CleanDiv", "PythonMod", "ModularIndexing", "Where", "TruncToInt", "FloorToInt",
-    "CeilToInt", "IntTrueDiv", "FloatTrueDiv", "FloatPow", "PowByNatural", "RoundToInt", "ToFloat",
-    "Eq", "Ne", "Equality", "Unequality", "GreaterThan", "LessThan", "StrictGreaterThan",
-    "StrictLessThan", "And", "Or", "Not", "math.ceil", "math.floor", "math.trunc",
-    "torch.sym_float", "torch.sym_int", "torch.sym_max", "torch.sym_min", "torch.sym_not",
-}  # fmt: skip
-
-
-def refuse_code(contents: bytes) -> None:
-    """Refuse the contents of a `.pt2` file that could execute code when they are loaded.
-
-    Raises:
-        ExportError: it holds pickles, libraries, operators or expressions that `TorchExport` does
-            not write, or is no such file.
-    """
-    try:
-        reasons = list(_code_in(torch._C.PyTorchFileReader(io.BytesIO(contents))))
-    except Exception as error:  # anything may be in the file
-        raise ExportError(f"is not a file of torch.export: {error}") from error
-    if reasons:
-        raise ExportError(
-            "could run code when it is loaded, and repnet does not write such files: it holds "
-            f"{reasons[0]}"
-        )
-
-
-def _code_in(reader: Any) -> Iterator[str]:
-    """Yield what is not plain data."""
-    for name in reader.get_all_records():
-        if not _RECORDS.fullmatch(name):
-            yield f"'{name}'"
-    if reader.get_record("data/sample_inputs/model.pt"):
-        yield "pickled sample inputs"
-    for kind in ("weights", "constants"):
-        config = json.loads(reader.get_record(f"data/{kind}/model_{kind}_config.json"))
-        for name, entry in config["config"].items():
-            if entry["use_pickle"] is not False:
-                yield f"the pickle of '{name}'"
-    model = json.loads(reader.get_record("models/model.json"))
-    for guard in model["guards_code"]:
-        if not _is_formula(guard):
-            yield f"the condition {guard!r}"
-    for key, value in _entries(model):
-        if key == "target" and not _TARGETS.fullmatch(value):
-            yield f"the operator {value!r}"
-        elif key == "expr_str" and not _is_formula(value):
-            yield f"the expression {value!r}"
-        elif key in ("as_custom_obj", "as_operator", "as_graph") and value is not None:
-            yield f"a value of kind {key}"
-        elif key in ("in_spec", "out_spec"):
-            for inner, kind in _entries(json.loads(value)):
-                if inner == "type" and kind not in _CONTAINERS:
-                    yield f"the container {kind!r}"
-        elif key == "metadata" and value:
-            yield "metadata of operators"
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every key with its value, at any depth."""
-    if isinstance(value, dict):
-        yield from value.items()
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _entries(item)
-
-
-def _is_formula(text: Any) -> bool:
-    """Return whether `text` is arithmetic of sizes, which torch hands to `eval`."""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-        return False
-    for node in ast.walk(tree):
-        if not isinstance(node, _FORMULA):
-            return False
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name not in _FUNCTIONS and not re.fullmatch(r"L\['\w+'\]\.size", name):
-                return False
-        value = node.value if isinstance(node, ast.Constant) else None
-        if isinstance(value, str | bytes) and not re.fullmatch(r"\w+", str(value)):
-            return False
-    return True
