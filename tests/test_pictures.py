@@ -47,7 +47,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     calls: dict[str, tuple[Any, ...]] = {}
     for name in ("draw_confusions", "draw_classes", "draw_worst"):
 
-        def record(*arguments: Any, name: str = name) -> None:
+        def record(*arguments: Any, name: str = name, **options: Any) -> None:
             calls[name] = arguments
 
         monkeypatch.setattr(pictures, name, record)
@@ -83,6 +83,19 @@ def check(drawn: dict[str, tuple[Any, ...]], model: nn.Module, data: FakeImages)
     torch.testing.assert_close(torch.tensor(confidences), logits.softmax(1).amax(1)[order])
     original = (inputs[order] * 0.25 + 0.5).permute(0, 2, 3, 1)
     torch.testing.assert_close(torch.from_numpy(shown), original)
+
+
+def test_the_worst_images_are_listed_by_their_place_in_the_split(tmp_path: Path) -> None:
+    model, data = network(), images()
+    test_with(Pictures(tmp_path, worst=6), Classifier(model, 5), data)
+    _, labels, logits, losses = truth(model, data)
+    order = losses.argsort(descending=True)[:6].tolist()
+    with (tmp_path / "worst.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"test {index}" for index in order]
+    assert [row["class"] for row in rows] == [str(labels[index].item()) for index in order]
+    assert [row["predicted"] for row in rows] == [str(logits[i].argmax().item()) for i in order]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses[order].tolist(), abs=1e-5)
 
 
 def test_every_prediction_is_seen_once(tmp_path: Path, drawn: dict[str, tuple[Any, ...]]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from repnet.callbacks import History, PruneTrial
 from repnet.cli import sweep, trials
-from repnet.cli.sweep_plot import draw_sweep
+from repnet.cli.sweep_plot import _Scale, draw_sweep
 from repnet.errors import InputError
 from tests.commands import ROOT, environment, run
 
@@ -258,3 +259,27 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     assert epochs_of(tmp_path, "6", bad, mode="min") == 4
     with pytest.raises(InputError, match="nothing is logged as 'val/typo'"):
         epochs_of(tmp_path, "7", bad, monitor="val/typo")
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        (["0", "0.0001", "0.001", "0.01"], True),
+        (["0.05", "0.1", "0.2", "0.4"], True),
+        (["0.1", "0.11", "10"], True),
+        (["10", "20", "30", "100"], True),
+        (["10", "20", "30", "40", "50", "60", "70", "80", "90", "100"], False),
+        (["1", "2", "3"], False),
+        (["-1", "100"], False),
+    ],
+)
+def test_values_of_several_decades_are_drawn_on_a_logarithmic_axis(
+    values: list[str], log: bool
+) -> None:
+    scale = _Scale("optimizer.lr", values)
+    places = [scale.place(value) for value in values]
+    assert scale.log is log
+    assert places == sorted(places)
+    assert (places[0], places[-1]) == (0, 1)
+    ticks = [place for place, _ in scale.ticks]
+    assert all(after - before >= 0.05 for before, after in pairwise(ticks))

@@ -217,6 +217,7 @@ def draw_worst(
     losses: Sequence[float],
     names: Sequence[str],
     path: str | Path,
+    samples: Sequence[str] = (),
 ) -> None:
     """Draw images with what they are and what they were taken for.
 
@@ -228,11 +229,17 @@ def draw_worst(
         losses: cross-entropy of each.
         names: of all classes.
         path: of the PNG file.
+        samples: file or number of each.
     """
     columns = min(6, len(images))
     rows = math.ceil(len(images) / columns)
-    figure = new_figure(2.1 * max(columns, 3), 2.62 * rows + 0.4)
-    figure.suptitle("highest loss (true class above; predicted class and its probability below)")
+    figure = new_figure(2.1 * max(columns, 3), 2.8 * rows + 0.4)
+    figure.suptitle(
+        "test images with the highest loss (true class above; predicted class and its probability "
+        "below)"
+        if columns > 3
+        else "test images with the highest loss"
+    )
     small = max(images.shape[1:3]) < 100
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
@@ -247,7 +254,8 @@ def draw_worst(
             0,
             -0.03,
             f"{'✓' if right else '→'} {_short(names[predictions[index]], 16)}"
-            f" {confidences[index]:.0%}\nloss {losses[index]:.2f}",
+            f" {confidences[index]:.0%}\nloss {losses[index]:.2f}"
+            + (f"\n{_end(samples[index])}" if samples else ""),
             transform=axes.transAxes,
             va="top",
             fontsize=9,
@@ -264,6 +272,11 @@ def _interval(correct: numpy.ndarray, totals: numpy.ndarray) -> tuple[Any, Any]:
     spread = share * (1 - share) / totals + z**2 / (4 * totals**2)
     half = z / (1 + z**2 / totals) * numpy.sqrt(spread)
     return numpy.maximum(0, center - half), numpy.minimum(1, center + half)
+
+
+def _end(name: str, length: int = 24) -> str:
+    """Return the end of a path, which tells files apart."""
+    return _short(name if len(name) <= length else f"…{name[1 - length :]}", length)
 
 
 def _short(name: str, length: int = 20) -> str:

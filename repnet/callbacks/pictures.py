@@ -28,9 +28,10 @@ LABELS = ("labels", "label", "targets", "target", "y")
 class Pictures(Callback):
     """After a test draw confusions, accuracy by class and the worst predictions.
 
-    Writes `confusion.png`, `classes.png`, `worst.png` and `per_class.csv`, and sends the pictures
-    to the trainer's loggers. Logits are what the network returned last in each test step. With
-    several processes all predictions are gathered, and the first process draws.
+    Writes `confusion.png`, `classes.png`, `worst.png`, `worst.csv` (which images those are) and
+    `per_class.csv`, and sends the pictures to the trainer's loggers. Logits are what the network
+    returned last in each test step. With several processes all predictions are gathered, and the
+    first process draws.
 
     Args:
         directory: of the files; None for the trainer's `default_root_dir`.
@@ -63,6 +64,7 @@ class Pictures(Callback):
         self.seen: tuple[Tensor, Tensor] | None = None
         self.classes = 0
         self.pairs: list[Tensor] = []  # (2, batch): labels, predictions
+        self.passed = 0  # images of this process before the batch
         self.images = self.values = torch.empty(0)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,6 +84,7 @@ class Pictures(Callback):
     ) -> None:
         seen, self.seen = self.seen, None
         labels = _labels(batch)
+        first, self.passed = self.passed, self.passed + (0 if labels is None else len(labels))
         if seen is None or labels is None or dataloader_idx:
             return
         images, logits = seen
@@ -92,7 +95,9 @@ class Pictures(Callback):
         losses = functional.cross_entropy(logits, labels, reduction="none")
         confidences, predictions = logits.softmax(1).max(1)
         self.pairs.append(torch.stack([labels, predictions]).cpu())
-        values = torch.stack([losses, labels, predictions, confidences], 1).cpu()
+        own = torch.arange(first, first + len(labels), device=labels.device)
+        indices = trainer.global_rank + own * trainer.world_size  # processes take turns
+        values = torch.stack([losses.double(), labels, predictions, confidences, indices], 1).cpu()
         chosen = losses.topk(min(self.worst, len(losses))).indices
         self._keep_worst(images[chosen].float().cpu(), values[chosen.cpu()])
 
@@ -157,7 +162,14 @@ class Pictures(Callback):
         write_text(directory / "per_class.csv", _table(labels, predictions, names))
         draw_confusions(labels, predictions, names, directory / "confusion.png")
         draw_classes(correct, totals, names, directory / "classes.png")
-        losses, true, wrong, confidences = self.values.T.tolist()
+        losses, true, wrong, confidences, indices = self.values.T.tolist()
+        rows = [
+            (_sample_name(trainer, int(index)), int(a), int(b), confidence, loss)
+            for index, a, b, confidence, loss in zip(
+                indices, true, wrong, confidences, losses, strict=True
+            )
+        ]
+        write_text(directory / "worst.csv", _worst_table(rows, names))
         mean = self.mean or getattr(data, "mean", None)
         std = self.std or getattr(data, "std", None)
         draw_worst(
@@ -168,6 +180,7 @@ class Pictures(Callback):
             losses,
             names,
             directory / "worst.png",
+            samples=[name for name, *_ in rows],
         )
         for name in ("confusion", "classes", "worst"):
             send_picture(trainer.loggers, directory / f"{name}.png", trainer.global_step)
@@ -193,6 +206,23 @@ def send_picture(loggers: Sequence[Any], path: str | Path, step: int = 0) -> Non
             logger.log_image(path.stem, [str(path)])
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_artifact(logger.run_id, str(path), "pictures")
+
+
+def _sample_name(trainer: Trainer, index: int) -> str:
+    """Return the file of a test image, or its number in the split."""
+    loaders = trainer.test_dataloaders
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    name = getattr(getattr(loader, "dataset", None), "name", None)
+    return printable(str(name(index))) if callable(name) else f"test {index}"
+
+
+def _worst_table(rows: Sequence[tuple[str, int, int, float, float]], names: Sequence[str]) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "class", "predicted", "probability", "loss"])
+    for name, true, predicted, confidence, loss in rows:
+        writer.writerow([name, names[true], names[predicted], round(confidence, 6), round(loss, 6)])
+    return table.getvalue()
 
 
 def _labels(batch: Any) -> Tensor | None:

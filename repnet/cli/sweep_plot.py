@@ -50,17 +50,27 @@ class _Scale:
         self.key = key
         names = list(dict.fromkeys(value for value in values))
         numbers = {name: _number(name) for name in names}
+        self.ticks: list[tuple[float, str]] = []
         self.numeric = all(number is not None for number in numbers.values())
         if self.numeric:
             known = sorted({float(number) for number in numbers.values() if number is not None})
             low, high = known[0], known[-1]
-            self.log = low > 0 and high / low >= 10
-            squeeze = math.log10 if self.log else float
+            self.log = _is_logarithmic(known)
+            positive = [number for number in known if number > 0]
+
+            def squeeze(number: float) -> float:
+                if not self.log:
+                    return number
+                # Zero has no logarithm: it stands a little below the smallest of the others.
+                return math.log10(number or positive[0] / 3)
+
             bottom, span = squeeze(low), (squeeze(high) - squeeze(low)) or 1.0
             self.place = lambda name: (squeeze(float(name)) - bottom) / span
-            self.numbers = known
             ticks = known if len(known) <= 8 else _round_numbers(low, high, self.log)
-            self.ticks = [((squeeze(tick) - bottom) / span, f"{tick:.4g}") for tick in ticks]
+            marks = [((squeeze(tick) - bottom) / span, f"{tick:.4g}") for tick in ticks]
+            for place, text in marks:  # none over another
+                if not self.ticks or place - self.ticks[-1][0] >= 0.05:
+                    self.ticks.append((place, text))
         else:
             self.log = False
             names = sorted(names)
@@ -71,7 +81,7 @@ class _Scale:
 
 
 def _draw_dots(figure: Any, rows: Sequence[dict[str, Any]], scales: Sequence[_Scale]) -> None:
-    from matplotlib.ticker import NullLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     scale = scales[0]
     axes = figure.subplots()
@@ -83,7 +93,7 @@ def _draw_dots(figure: Any, rows: Sequence[dict[str, Any]], scales: Sequence[_Sc
     label = {"dot": "one job", "mean": "mean ± standard deviation"}
     if scale.numeric:
         ordered = sorted(groups, key=float)
-        places = {name: float(name) for name in ordered}
+        places = {name: scale.place(name) for name in ordered}
     else:  # the best on top
         ordered = sorted(groups, key=lambda name: mean(groups[name]))
         places = {name: float(i) for i, name in enumerate(ordered)}
@@ -103,12 +113,9 @@ def _draw_dots(figure: Any, rows: Sequence[dict[str, Any]], scales: Sequence[_Sc
         if scale.key != "seed":
             means = [mean(groups[name]) for name in ordered]
             axes.plot([places[n] for n in ordered], means, color=_BLUE, lw=1, alpha=0.5, zorder=1)
-        if scale.log:
-            axes.set_xscale("log")
-        if len(scale.numbers) <= 8:
-            axes.set_xticks(scale.numbers, [f"{number:.4g}" for number in scale.numbers])
-            axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=scale.key, ylabel="best validation top-1")
+        axes.set_xticks([at for at, _ in scale.ticks], [text for _, text in scale.ticks])
+        log = " (log)" if scale.log else ""
+        axes.set(xlabel=f"{scale.key}{log}", ylabel="best validation top-1")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     else:
         axes.set_yticks(range(len(ordered)), [_short(name) or "(default)" for name in ordered])
@@ -210,6 +217,21 @@ def _offsets(
                 share = (i / (len(members) - 1) - 0.5) if len(members) > 1 else 0.0
                 offsets[id(row), scale.key] = share * room
     return offsets
+
+
+def _is_logarithmic(numbers: Sequence[float]) -> bool:
+    """Return whether sorted numbers span a decade, or grow by the same factor each time."""
+    positive = [number for number in numbers if number > 0]
+    if numbers[0] < 0 or len(positive) < 2:
+        return False
+    factors = [after / before for before, after in pairwise(positive)]
+    geometric = len(factors) > 1 and max(factors) < 1.01 * min(factors)
+    even = len(factors) > 1 and max(steps := _steps(positive)) < 1.01 * min(steps)
+    return (positive[-1] / positive[0] >= 10 and not even) or geometric
+
+
+def _steps(numbers: Sequence[float]) -> list[float]:
+    return [after - before for before, after in pairwise(numbers)]
 
 
 def _number(text: str) -> float | None:
