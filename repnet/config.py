@@ -103,6 +103,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[int | float, Field(ge=0)]
 
 
+LEFT_OUT: Any = None  # in the config: then the object that it describes has its own default
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -118,20 +121,22 @@ class Described(BaseModel):
 class Data(Described):
     """The images: any LightningDataModule of repnet.data, or one of your own."""
 
-    root: str = Field(None, description="directory of the data set")
-    image_size: Count = Field(None, description="pixels, height and width")
-    batch_size: Count = Field(None, description="images of one step on one device")
-    num_workers: int = Field(None, ge=0, description="processes that load; 0: the training's own")
+    root: str = Field(LEFT_OUT, description="directory of the data set")
+    image_size: Count = Field(LEFT_OUT, description="pixels, height and width")
+    batch_size: Count = Field(LEFT_OUT, description="images of one step on one device")
+    num_workers: int = Field(
+        LEFT_OUT, ge=0, description="processes that load; 0: the training's own"
+    )
     augment: list[Any] | None = Field(None, description="transforms of the training images")
-    on_device: bool = Field(None, description="keep the images in the memory of the GPU")
+    on_device: bool = Field(LEFT_OUT, description="keep the images in the memory of the GPU")
 
 
 class Optimizer(Described):
     """The optimizer, any of torch.optim or your own."""
 
-    lr: Positive = Field(None, description="learning rate at its peak")
-    momentum: float = Field(None, ge=0, lt=1)
-    weight_decay: NotNegative = Field(None, description="of what parameter_groups lets decay")
+    lr: Positive = Field(LEFT_OUT, description="learning rate at its peak")
+    momentum: float = Field(LEFT_OUT, ge=0, lt=1)
+    weight_decay: NotNegative = Field(LEFT_OUT, description="of what parameter_groups lets decay")
 
 
 class Scheduler(Described):
@@ -154,29 +159,31 @@ class Trainer(Described):
     max_epochs: Count | Literal[-1] | None = Field(
         None, description="passes over the training images; -1: until trainer.max_steps"
     )
-    max_steps: Count | Literal[-1] = Field(None, description="optimizer steps; -1: no limit")
-    accelerator: str = Field(None, description="auto, cpu, gpu, mps, ...")
+    max_steps: Count | Literal[-1] = Field(LEFT_OUT, description="optimizer steps; -1: no limit")
+    accelerator: str = Field(LEFT_OUT, description="auto, cpu, gpu, mps, ...")
     devices: Count | Literal[-1] | str | list[int] = Field(
-        None, description="number of GPUs or processes, a list of GPUs, or auto"
+        LEFT_OUT, description="number of GPUs or processes, a list of GPUs, or auto"
     )
-    num_nodes: Count = Field(None, description="machines")
+    num_nodes: Count = Field(LEFT_OUT, description="machines")
     precision: int | str | None = Field(None, description="32-true, bf16-mixed, 16-mixed, ...")
     gradient_clip_val: NotNegative | None = Field(
         None, description="largest norm (or value) of gradients; null: not clipped"
     )
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
-    accumulate_grad_batches: Count = Field(None, description="batches of one optimizer step")
-    log_every_n_steps: int = Field(None, ge=0)
+    accumulate_grad_batches: Count = Field(LEFT_OUT, description="batches of one optimizer step")
+    log_every_n_steps: int = Field(LEFT_OUT, ge=0)
     check_val_every_n_epoch: Count | None = Field(None, description="epochs between validations")
     val_check_interval: Share | None = Field(
         None, description="batches between validations, or a share of the epoch"
     )
-    num_sanity_val_steps: int = Field(None, ge=-1, description="validation batches before training")
+    num_sanity_val_steps: int = Field(
+        LEFT_OUT, ge=-1, description="validation batches before training"
+    )
     limit_train_batches: Share | None = Field(None, description="batches, or a share of them")
     limit_val_batches: Share | None = None
     limit_test_batches: Share | None = None
-    overfit_batches: Share = Field(None, description="train on these few batches only")
-    detect_anomaly: bool = Field(None, description="name the operation that makes NaN; slow")
+    overfit_batches: Share = Field(LEFT_OUT, description="train on these few batches only")
+    detect_anomaly: bool = Field(LEFT_OUT, description="name the operation that makes NaN; slow")
     profiler: Literal["simple", "advanced", "pytorch"] | Described | None = Field(
         None, description="seconds by hook, by function or by operation: writes RUN/profile"
     )
@@ -234,7 +241,9 @@ class Training(_Closed):
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="at a NaN, end the run or leave out the step, at most 20 in a row"
     )
-    checkpoint: Checkpoint = Field(Checkpoint(), description="saving of checkpoints")
+    checkpoint: Checkpoint = Field(
+        Checkpoint.model_validate({}), description="saving of checkpoints"
+    )
     resume: str | None = Field(None, description="directory of a run to continue")
     eval: str | None = Field(
         None, description="checkpoint, run or deploy directory to test instead of training"
@@ -288,7 +297,7 @@ def validated(
         name: field.default for name, field in Training.model_fields.items()
         if not field.is_required() and name not in ("resume", "eval", "trust")
     }  # fmt: skip
-    checkpoint = Checkpoint(**(config.get("checkpoint") or {})).model_dump()
+    checkpoint = Checkpoint.model_validate(config.get("checkpoint", {})).model_dump()
     return {**defaults, **config, "checkpoint": checkpoint}
 
 
@@ -317,7 +326,9 @@ def unknown_key(key: str, config: Mapping[str, Any]) -> str:
 
     def likeness(name: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, key, name).ratio()
-        return max(whole, difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()), whole
+        return max(
+            whole, difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
+        ), whole
 
     names = [n for n in _dotted(config) if n != key and not n.startswith(f"{key}.")]
     nearest = max(names, key=likeness)
@@ -352,9 +363,8 @@ def _place(config: Any, error: Mapping[str, Any]) -> tuple[str, Any]:
     """Return the dotted key that an error is about and its value, without members of unions."""
     keys: list[str] = []
     for key in error["loc"]:
-        if isinstance(config, Mapping) and key in config:
-            config = config[key]
-        elif isinstance(config, list) and isinstance(key, int) and key < len(config):
+        inside = key in config if isinstance(config, Mapping) else isinstance(config, list)
+        if inside and (isinstance(config, Mapping) or isinstance(key, int)):
             config = config[key]
         elif not isinstance(config, Mapping) or error["type"] != "missing":
             continue

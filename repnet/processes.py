@@ -7,8 +7,8 @@ import os
 
 def is_main_process() -> bool:
     """Return whether this is the first process of all nodes, before they are connected."""
-    for name in ("RANK", "SLURM_PROCID"):  # of all nodes: torchrun's and srun's
-        if name in os.environ:
-            return int(os.environ[name]) == 0
-    # Lightning starts the processes of each node itself.
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
+    if "RANK" in os.environ:  # torchrun's, over all nodes
+        return int(os.environ["RANK"]) == 0
+    # srun numbers its tasks over all nodes; Lightning starts processes of its own, which inherit
+    # the number of the task.
+    return not any(int(os.environ.get(n, 0)) for n in ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))

@@ -204,7 +204,8 @@ def _check_names(names: Iterable[tuple[str, tuple[str, ...] | None]]) -> None:
         authors = "its author" if len(foreign) == 1 else "their authors"
         raise InputError(
             f"{', '.join(map(repr, refused))} may not be built from a file, which could run any "
-            "code" + (f". If you trust {authors}, add trust=[{','.join(foreign)}]" if foreign else "")
+            "code"
+            + (f". If you trust {authors}, add trust=[{','.join(foreign)}]" if foreign else "")
         )
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from repnet.config import Training, packages_to_trust, unknown_key, validated
+from repnet.config import Training, unknown_key, validated
 from repnet.errors import InputError
 from repnet.spec import CONFIGS, choices
 from repnet.training.run import train
@@ -41,7 +40,11 @@ def test_every_choice_of_a_group_is_valid(group: str) -> None:
     assert names
     for name in names:
         value = f"[{name}]" if group == "callbacks" else name
-        required = ["++data.root=x"] if group == "experiment" else REQUIRED.get(name, [])
+        required = (
+            ["++data.root=x"]
+            if group == "experiment"
+            else REQUIRED.get(name if group in ("data", "scheduler") else "", [])
+        )
         size = ["+data.image_size=32"] if group == "augment" else []
         assert validated(composed(f"{group}={value}", *required, *size, base=[]))
 

@@ -1,4 +1,4 @@
-"""`python train.py --explain KEY`: what a part of the config means, takes and may be replaced by."""
+"""`python train.py --explain KEY`: what a part of the config means and takes."""
 
 from __future__ import annotations
 
@@ -38,14 +38,15 @@ def main(arguments: Sequence[str]) -> None:
 def _explain(key: str, config: dict[str, Any]) -> None:
     fields = Training.model_fields
     if not key:
-        rows = {name: field.description or "" for name, field in fields.items()}
-        return _print("The keys of a training; --explain KEY says more", list(rows.items()))
+        keys = [(name, field.description or "") for name, field in fields.items()]
+        _print("The keys of a training; --explain KEY says more", keys)
+        return
     if key not in fields:
         raise InputError(unknown_name("key", key, list(fields)))
     schema = Training.model_json_schema()
     own = schema["properties"][key]
     print(f"{key}: {own['description']}")
-    value, rows = config.get(key), []
+    value = config.get(key)
     if names := choices(key):
         _print(f"\nChoices, {key}=NAME", [(name, _header(key, name)) for name in names])
     found = resolve_targets({key: value})
@@ -56,6 +57,7 @@ def _explain(key: str, config: dict[str, Any]) -> None:
     if not found and not choices(key):
         if not isinstance(value, dict):
             print(f"It is {_shown(value)}; {_kind(own)}")
+        rows = []
         for name, part in schema["$defs"].get(_definition(own), {}).get("properties", {}).items():
             now = f"={_shown(value[name])}" if isinstance(value, dict) else ""
             rows.append((f"{key}.{name}{now}", _takes(part)))
@@ -67,7 +69,7 @@ def _print_target(target: Target, part: dict[str, Any]) -> None:
     parameters = inspect.signature(target.call).parameters
     meanings = _meanings(target.call)
     rows = []
-    for name in {**target.arguments, **dict.fromkeys(set(part) & set(target.arguments))}:
+    for name in target.arguments:
         takes = _takes(part[name]) if name in part else _annotation(parameters.get(name))
         if "description" not in part.get(name, {}) and name in meanings:
             takes = f"{takes}: {meanings[name]}" if takes else meanings[name]

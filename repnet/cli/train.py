@@ -156,10 +156,7 @@ def _train(
             raise InputError("resume continues one run in its own directory; leave out -m")
         if cfg.lr_find:
             raise InputError("lr_find=true trains nothing that a sweep could compare; leave out -m")
-    if cfg.resume:
-        config = _saved_config(cfg, directory, overrides)
-    else:
-        config = _plain(cfg)
+    config = _saved_config(cfg, directory, overrides) if cfg.resume else _plain(cfg)
     from repnet.training.run import train  # torch is imported only when there is work to do
 
     allowed = [*trust, *trial_of]
@@ -176,7 +173,11 @@ def _train(
         if cfg.resume and path.exists():  # how the run was started stays known
             overrides = [*json.loads(path.read_text())["overrides"], *overrides]
         write_json(path, {**result, "overrides": overrides})
-        described = {"model": config["model"], "block": config.get("block"), "data": {**config["data"]}}
+        described = {
+            "model": config["model"],
+            "block": config.get("block"),
+            "data": {**config["data"]},
+        }
         described["data"].pop("augment", None)  # of training only
         _summarize(result, _trust(described, trust))
     return result

@@ -11,6 +11,7 @@ from pytorch_lightning import Trainer
 from torch import nn
 
 from repnet.errors import InputError, first_line
+from repnet.processes import is_main_process
 from repnet.spec import build
 from repnet.symbolic import evaluating, twin
 from repnet.training.activation_checkpointing import checkpoint_activations
@@ -72,9 +73,7 @@ def _parameters_of(spec: dict[str, Any]) -> Collection[str]:
     return inspect.signature(target).parameters
 
 
-def build_classifier(
-    config: dict[str, Any], model: nn.Module, data: Any, batch: int
-) -> Classifier:
+def build_classifier(config: dict[str, Any], model: nn.Module, data: Any, batch: int) -> Classifier:
     """Return the LightningModule that a config describes.
 
     Args:
@@ -95,9 +94,7 @@ def build_classifier(
     objective = made("objective", partial=True)
     if objective is not None:
         objective = based(objective, made("loss"), model=model, **known)
-    optimizer = build(
-        {**config["optimizer"], **_learning_rate(config, batch), "_partial_": True}
-    )
+    optimizer = build({**config["optimizer"], **_learning_rate(config, batch), "_partial_": True})
     try:
         optimizer([nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError, RuntimeError) as error:
@@ -127,7 +124,8 @@ def _learning_rate(config: dict[str, Any], batch: int) -> dict[str, float]:
     if not rule:
         return {}
     base = config["optimizer"]["lr"]
-    print(describe_scaling(base, batch=batch, **rule), flush=True)
+    if is_main_process():
+        print(describe_scaling(base, batch=batch, **rule), flush=True)
     return {"lr": scaled_learning_rate(base, batch=batch, **rule)}
 
 

@@ -54,6 +54,7 @@ from repnet.weights import load_weights
 
 STATISTICS_BATCHES = 10  # that give the norms of a partially folded network their statistics
 
+
 def train(
     config: dict[str, Any],
     directory: Path,
@@ -124,7 +125,9 @@ def _train(
         head = config["pretrained_head"]
         batches = (images for images, _ in islice(data.train_dataloader(), STATISTICS_BATCHES))
         said = load_folded(model, config["pretrained"], batches, head=head, trust=trust)
-        print(said or load_weights(model, config["pretrained"], head=head), flush=True)
+        loaded = said or load_weights(model, config["pretrained"], head=head)
+        if main_process:
+            print(loaded, flush=True)
     steps_before = contents.get("global_step", 0)
     if start:  # before anything is written: the checkpoint fits the config
         load_network(model, contents, start)
@@ -148,9 +151,7 @@ def _train(
         "enable_version_counter": False,
     }
     keep = config["checkpoint"]
-    best = _MovableCheckpoint(
-        **save, filename="best", monitor=keep["monitor"], mode=keep["mode"]
-    )
+    best = _MovableCheckpoint(**save, filename="best", monitor=keep["monitor"], mode=keep["mode"])
     on_nan = {"stop": StopOnNonFiniteLoss, "skip": SkipNonFiniteSteps}
     nan_policy = on_nan[config["on_nan"]](path=directory / "nan_batch.pt")
     chosen_callbacks = _build_callbacks(config["callbacks"])
@@ -256,7 +257,10 @@ def _refuse_ineffective(config: dict[str, Any], contents: dict[str, Any]) -> Non
                 "holds; start a new run with pretrained=CHECKPOINT"
             )
     progress = contents.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
-    epochs, end = progress.get("current", {}).get("processed", 0), config["trainer"].get("max_epochs")
+    epochs, end = (
+        progress.get("current", {}).get("processed", 0),
+        config["trainer"].get("max_epochs"),
+    )
     if end is not None and 0 <= end < epochs:
         raise InputError(
             f"trainer.max_epochs={end} lies behind the run, which has trained {epochs} epochs; "
