@@ -20,7 +20,7 @@ from torch import nn
 from repnet.errors import InputError, one_line
 from repnet.files import refuse_compressed, write_atomically
 from repnet.outline import outline
-from repnet.spec import MODEL_PACKAGES, build, foreign_packages
+from repnet.spec import MODEL_PACKAGES, build, is_own
 
 FORMAT = "repnet-checkpoint"
 VERSION = 1
@@ -89,7 +89,7 @@ def model_from(
     values = [value for value in contents["state_dict"].values() if isinstance(value, torch.Tensor)]
     elements = sum(value.numel() for value in values)
     try:
-        if not foreign_packages(spec):  # the code of those is trusted
+        if is_own(spec):  # the code of those is trusted
             outline(spec, allowed=allowed, tensors=len(values), elements=elements)
         model = build(spec, allowed=allowed)
     except RecursionError as error:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -36,6 +36,9 @@ DATA_PACKAGES = (
     "repnet.data.shards",
     "repnet.data.torchvision",
 )
+
+# Trust in these would allow a file to run anything, so that no message proposes it.
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision"}
 
 
 def choices(group: str) -> list[str]:
@@ -80,10 +83,8 @@ def build(spec: Any, *, allowed: Iterable[str] | None = None) -> Any:
         InputError: a target does not exist, is not allowed, or does not take these arguments.
     """
     packages = None if allowed is None else tuple(allowed)
-    names = sorted(set(_targets(spec)))
-    for name in names:
-        _check_name(name, packages)  # all of them, before the first import, which runs code too
-    targets = {name: _resolve(name, packages) for name in names}
+    found = resolve_targets(spec, None if packages is None else lambda part: packages)
+    targets = {target.name: target.call for target in found}
     built = _build(spec, targets)
     if targets and hasattr(built, "register_buffer") and is_plain(spec):
         built.architecture = spec
@@ -99,20 +100,66 @@ def is_plain(data: Any) -> bool:
     return data is None or isinstance(data, bool | int | float | str)
 
 
-def foreign_packages(spec: Any, own: Sequence[str] = MODEL_PACKAGES) -> list[str]:
-    """Return the top-level packages of the targets that need trust, as in `trust=[mypackage]`."""
-    return sorted({t.partition(".")[0] for t in _targets(spec) if not _within(t, own)})
+class Target(NamedTuple):
+    """One description, and what it names."""
+
+    path: str  # dotted, of the description
+    name: str
+    call: Callable[..., Any]
+    arguments: dict[Any, Any]
 
 
-def _targets(spec: Any) -> Iterator[str]:
+def resolve_targets(
+    spec: Any, allowed: Callable[[str], Sequence[str]] | None = None
+) -> list[Target]:
+    """Return all that `spec` describes, without a call.
+
+    Args:
+        spec: nested dicts, lists and scalars.
+        allowed: returns the packages that targets under a key at the top of `spec` must be defined
+            in; None for the user's own config.
+
+    Raises:
+        InputError: a target does not exist, or is not allowed; names all packages that are not.
+    """
+    described = list(described_in(spec))
+    names = {
+        (str(part["_target_"]), None if allowed is None else tuple(allowed(path.partition(".")[0])))
+        for path, part in described
+    }
+    _check_names(sorted(names, key=str))  # all, before the first import, which runs code too
+    calls = {(name, packages): _resolve(name, packages) for name, packages in names}
+    targets = []
+    for path, part in described:
+        name = str(part["_target_"])
+        packages = None if allowed is None else tuple(allowed(path.partition(".")[0]))
+        arguments = {k: v for k, v in part.items() if not str(k).startswith("_")}
+        targets.append(Target(path, name, calls[name, packages], arguments))
+    return targets
+
+
+def described_in(spec: Any, path: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield every dict with a `_target_`, with the dotted path to it."""
     if isinstance(spec, dict):
         if "_target_" in spec:
-            yield str(spec["_target_"])
-        for value in spec.values():
-            yield from _targets(value)
+            yield path, spec
+        items: Iterable[tuple[Any, Any]] = spec.items()
     elif isinstance(spec, list | tuple):
-        for value in spec:
-            yield from _targets(value)
+        items = enumerate(spec)
+    else:
+        return
+    for key, value in items:
+        yield from described_in(value, f"{path}.{key}" if path else str(key))
+
+
+def is_own(spec: Any) -> bool:
+    """Return whether a description names nothing but networks of repnet, which need no trust."""
+    return all(within(str(part["_target_"]), MODEL_PACKAGES) for _, part in described_in(spec))
+
+
+def home_of(found: Any) -> str:
+    """Return the module that defines a class or function."""
+    return getattr(found, "__module__", None) or ""
 
 
 def _build(spec: Any, targets: dict[str, Callable[..., Any]]) -> Any:
@@ -149,16 +196,26 @@ def _build(spec: Any, targets: dict[str, Callable[..., Any]]) -> Any:
         raise InputError(f"{name}: {error}") from error
 
 
-def _check_name(target: str, allowed: tuple[str, ...] | None) -> None:
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
-        raise InputError(f"'{target}' is not the dotted name of a class or function")
-    package = target.partition(".")[0]
-    if allowed is not None and package not in {name.partition(".")[0] for name in allowed}:
-        own = package in sys.stdlib_module_names or package in ("torch", "torchvision")
-        raise InputError(  # before it is imported, which runs code too
-            f"'{target}' may not be built from a file: it is not defined in {', '.join(allowed)}"
-            + ("" if own else f". If you trust its author, add trust=[{package}]")
+def _check_names(names: Iterable[tuple[str, tuple[str, ...] | None]]) -> None:
+    """Refuse names by their spelling alone, each with the packages that it may come from."""
+    refused = []
+    for target, allowed in names:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+            raise InputError(f"'{target}' is not the dotted name of a class or function")
+        if allowed is not None and not within(_root(target), [_root(name) for name in allowed]):
+            refused.append(target)
+    if refused:
+        foreign = sorted({_root(name) for name in refused} - _LIBRARIES)
+        authors = "its author" if len(foreign) == 1 else "their authors"
+        raise InputError(
+            f"{', '.join(map(repr, refused))} may not be built from a file, which could run any "
+            "code"
+            + (f". If you trust {authors}, add trust=[{','.join(foreign)}]" if foreign else "")
         )
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]:
@@ -166,9 +223,9 @@ def _resolve(target: str, allowed: tuple[str, ...] | None) -> Callable[..., Any]
     found = _locate(target)
     if allowed is not None:
         plain = inspect.isclass(found) or inspect.isfunction(found)
-        home = getattr(found, "__module__", None) or ""
+        home = home_of(found)
         name = getattr(found, "__qualname__", "")
-        if not plain or not _within(home, allowed) or "." in name or name.startswith("_"):
+        if not plain or not within(home, allowed) or "." in name or name.startswith("_"):
             raise InputError(
                 f"'{target}' may not be built from a file: it is {home}.{name}, which is not a "
                 f"public class or function of {', '.join(allowed)}"
@@ -201,5 +258,6 @@ def _locate(target: str) -> Any:
     raise InputError(f"'{target}': there is no module '{parts[0]}'")
 
 
-def _within(name: str, packages: Sequence[str]) -> bool:
+def within(name: str, packages: Sequence[str]) -> bool:
+    """Return whether a dotted name is one of `packages`, or inside one."""
     return any(name == p or name.startswith(f"{p}.") for p in packages)

@@ -84,30 +84,74 @@ def test_the_documented_torchrun_command_trains_like_one(workplace: Path) -> Non
              shlex.split(command.replace("=", " = "))]  # fmt: skip
     words = shlex.split(" ".join(words).replace(" = ", "="))
     assert "hydra.run.dir=DIR" in words
+    launch = words[1 : words.index("train.py")]
+    run_on_two_nodes(workplace, launch, *OPTIONS, "data.batch_size=32", "hydra.run.dir=nodes",
+                     "trainer.profiler=simple", "logger=csv")  # fmt: skip
+    check_same(workplace, "nodes")
+    written = {path.name for path in (workplace / "nodes").rglob("*") if path.is_file()}
+    assert {"config.yaml", "result.json", "curves.png", "best.ckpt", "confusion.png"} <= written
+    run_on_two_nodes(workplace, launch, "eval=nodes", "trust=[mine]", "trainer.accelerator=cpu",
+                     "hydra.run.dir=evaluated")  # fmt: skip
+    evaluated = json.loads((workplace / "evaluated" / "eval.json").read_text())
+    expected = json.loads((workplace / "one" / "result.json").read_text())
+    assert evaluated["test"] == pytest.approx(expected["test"], rel=1e-5)
+
+
+# Runs the script that it is given, and keeps a list of the files that this writes or renames.
+SPY = """
+import os, runpy, sys
+
+written = []
+
+def listen(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            written.append(arguments[0])
+    elif event in ("os.rename", "os.remove"):
+        written.append(os.fsdecode(arguments[0]))
+
+sys.addaudithook(listen)
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    sys.stdout.flush()
+    here = [path for path in map(os.path.abspath, written) if path.startswith(os.getcwd())]
+    with open(os.environ["LISTS"] + os.environ["RANK"], "w") as file:
+        file.write("\\n".join(here))
+"""
+
+
+def run_on_two_nodes(workplace: Path, launch: list[str], *arguments: str) -> None:
+    """Run `train.py` in a process on each of two "machines", and check that only one writes."""
+    lists = workplace.parent / f"{workplace.name}_written_"
+    spy = workplace.parent / "spy.py"
+    spy.write_text(SPY)
     port = 20000 + os.getpid() % 20000
     processes = []
     for rank in (0, 1):
-        arguments = [
+        started = [
             w.replace("RANK", str(rank)).replace("HOST:29500", f"127.0.0.1:{port}")
-            .replace("HOST", "127.0.0.1").replace("train.py", str(ROOT / "train.py"))
-            for w in words[1 : words.index("train.py") + 1]
+            .replace("HOST", "127.0.0.1")
+            for w in launch
         ]  # fmt: skip
-        arguments += [*OPTIONS, "trainer=ddp", "trainer.num_nodes=2", "trainer.devices=1",
-                      "data.batch_size=32", "hydra.run.dir=nodes"]  # fmt: skip
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *arguments],
+                [sys.executable, "-m", "torch.distributed.run", *started, str(spy),
+                 str(ROOT / "train.py"), *arguments, "trainer=ddp", "trainer.num_nodes=2",
+                 "trainer.devices=1"],
                 cwd=workplace,
-                env=environment(PYTHONPATH=f"{ROOT}:{workplace}"),
+                env=environment(PYTHONPATH=f"{ROOT}:{workplace}", LISTS=str(lists)),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-        )
+        )  # fmt: skip
     for process in processes:
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
-    check_same(workplace, "nodes")
+    assert Path(f"{lists}0").read_text()
+    assert Path(f"{lists}1").read_text() == ""
 
 
 def test_fsdp_needs_gpus(tmp_path: Path) -> None:

@@ -128,8 +128,6 @@ def test_a_resumed_config_keeps_names_and_nothing_else(tmp_path: Path) -> None:
     up = {**crafted["a"], "name": "..", "version": ".."}
     (confined,) = confined_loggers(up, tmp_path).values()
     assert confined["name"] == confined["version"] == ""
-    with pytest.raises(InputError, match="may not be built from a file"):
-        build_loggers({"_target_": "os.system", "command": "ls"}, allowed=["pytorch_lightning"])
 
 
 @pytest.mark.parametrize("extra", ["tensorboard", "wandb", "mlflow"])
@@ -143,8 +141,6 @@ def test_a_missing_library_names_the_extra(
 
 def test_a_profile_is_written_into_the_run(tmp_path: Path) -> None:
     assert build_profiler(None, tmp_path) is None
-    with pytest.raises(InputError, match="simple, advanced, pytorch"):
-        build_profiler("quick", tmp_path)
     data = FakeImages(image_size=2, classes=3, train_size=12, batch_size=4)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     Trainer(

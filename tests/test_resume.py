@@ -36,7 +36,7 @@ from repnet.data import FakeImages
 from repnet.errors import InputError
 from repnet.training import Classifier
 from repnet.training.run import train
-from tests.commands import TINY, environment
+from tests.commands import ROOT, TINY, environment, run
 from tests.kills import KILLED, killed
 
 NOISY = """
@@ -284,16 +284,66 @@ main()
 """
 
 
-def test_a_preempted_command_says_how_to_go_on(tmp_path: Path) -> None:
-    arguments = [*TINY, "data.train_size=64", "hydra.run.dir=run"]
+LIGHTNING = [
+    "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/loss}",
+    "+callbacks.rate={_target_: pytorch_lightning.callbacks.LearningRateMonitor}",
+    "logger=csv",
+    "+trainer.strategy={_target_: pytorch_lightning.strategies.SingleDeviceStrategy, device: cpu}",
+]
+OWN = """
+import pytorch_lightning as pl
+import torch
+from repnet.data import FakeImages
+
+class Told(pl.Callback):
+    pass
+
+class Images(FakeImages):
+    pass
+
+class Loss(torch.nn.CrossEntropyLoss):
+    pass
+"""
+FOREIGN = [
+    "+callbacks.told={_target_: told.Told}",
+    "+callbacks.saved={_target_: pytorch_lightning.callbacks.ModelCheckpoint, filename: mine}",
+    "data._target_=images.Images",
+    "+data.augment=[{_target_: torch.nn.Identity}]",
+    "loss._target_=loss.Loss",
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "trust", "missing"),
+    [
+        ([], [], []),
+        (LIGHTNING, [], []),
+        (FOREIGN, ["images", "loss", "pytorch_lightning", "told", "torch"],
+         ["images", "loss", "told"]),
+    ],
+    ids=["plain", "lightning", "foreign"],
+)  # fmt: skip
+def test_a_preempted_command_says_how_to_go_on(
+    tmp_path: Path, options: list[str], trust: list[str], missing: list[str]
+) -> None:
+    for name in ("told", "images", "loss"):
+        (tmp_path / f"{name}.py").write_text(OWN)
+    arguments = [*TINY, "data.train_size=64", "hydra.run.dir=run", *options]
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
     result = subprocess.run(
         [sys.executable, "-c", PREEMPTED.format(arguments=arguments)],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 130, result.stdout + result.stderr
     assert last(tmp_path / "run")["global_step"] == 2
     command = shlex.split(result.stdout.splitlines()[-1])
-    assert command == ["python", "train.py", f"resume={tmp_path / 'run'}"]
+    told = [f"trust=[{','.join(trust)}]"] if trust else []
+    assert command == ["python", "train.py", f"resume={tmp_path / 'run'}", *told]
+    if missing:
+        refused = run("train.py", command[2], cwd=tmp_path, code=2, PYTHONPATH=path)
+        assert f"add trust=[{','.join(missing)}]" in refused.stderr
+    run("train.py", *command[2:], cwd=tmp_path, PYTHONPATH=path)
+    assert last(tmp_path / "run")["global_step"] == 4
 
 
 def checkpoint(step: int) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from repnet.spec import (
     MODEL_PACKAGES,
     build,
     choices,
-    foreign_packages,
     is_plain,
     load_choice,
     unknown_name,
@@ -306,10 +305,10 @@ def test_what_is_not_plain_data(data: Any) -> None:
     assert not is_plain(data)
 
 
-def test_packages_that_need_trust_are_listed() -> None:
-    spec = {**TINY, "block": at("mine.blocks.A"), "x": [at("torch.nn.ReLU"), at("mine.B")]}
-    assert foreign_packages(spec) == ["mine", "torch"]
-    assert foreign_packages(TINY) == []
+def test_all_packages_that_need_trust_are_named_at_once() -> None:
+    spec = {**TINY, "block": at("mine.blocks.A"), "x": [at("torch.nn.ReLU"), at("other.B")]}
+    with pytest.raises(InputError, match=r"add trust=\[mine,other\]$"):
+        build(spec, allowed=MODEL_PACKAGES)
 
 
 def test_choices_are_files_and_an_unknown_one_is_an_error() -> None:

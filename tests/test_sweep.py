@@ -194,7 +194,7 @@ def test_a_job_is_known_by_its_overrides_and_held_by_one_process(tmp_path: Path)
             assert other == tmp_path / "2"
     with trials.claim(tmp_path, tmp_path / "7", ["b=2", "a=1", "sweep=joblib"]) as again:
         assert again == tmp_path / "0"
-    with trials.claim(tmp_path, tmp_path / "7", ["a=3"], rank=3) as follower:
+    with trials.claim(tmp_path, tmp_path / "7", ["a=3"], main=False) as follower:
         assert follower == tmp_path / "2"
     assert not (tmp_path / "7").exists()
 

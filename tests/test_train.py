@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -19,7 +20,7 @@ from PIL import Image
 
 from repnet.cli.command import quoted
 from repnet.errors import InputError
-from repnet.training.run import train
+from repnet.training.run import _only_one, train
 from tests.commands import ROOT, TINY, environment, run
 
 
@@ -313,14 +314,74 @@ def test_an_override_that_does_not_fit_leaves_the_run_as_it_was(copied: Path) ->
     assert "damaged" in truncated.stderr
 
 
+def files(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("trainer.max_epochs=1", "trainer.max_epochs=1 lies behind the run, which has trained 2"),
+        ("seed=7", "seed cannot be changed in a resumed run"),
+        ("pretrained=x.pth", "pretrained cannot be changed in a resumed run"),
+        ("trainer.gradient_clip_val=-1", "gradient_clip_val=-1 must be 0 or more"),
+        ("trainer.precision=8", "Precision"),
+        ("checkpoint.monitor=val/acc", "unknown metric 'val/acc'"),
+    ],
+)
+def test_a_refused_resume_writes_nothing(copied: Path, override: str, reason: str) -> None:
+    before = files(copied)
+    refused = run("train.py", f"resume={copied}", override, cwd=copied.parent, code=2)
+    assert reason in refused.stderr
+    assert files(copied) == before
+
+
+def test_of_two_resumes_the_second_is_refused(copied: Path) -> None:
+    before = files(copied)
+    with _only_one(copied):
+        held = files(copied).keys() - before.keys()
+        refused = run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=ROOT, code=2)
+        assert f"another process trains in '{copied}'" in refused.stderr
+        assert files(copied).keys() - before.keys() == held
+    assert files(copied) == before
+    run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=ROOT)
+    assert files(copied).keys() >= before.keys()
+    assert not list(copied.glob(".*"))
+
+
+def test_the_lock_of_a_killed_run_does_not_stop_the_next(tmp_path: Path) -> None:
+    def hold() -> None:
+        with _only_one(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (pid := os.fork()) == 0:
+        hold()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert list(tmp_path.iterdir())
+    with _only_one(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_resuming_a_finished_run_keeps_its_record(copied: Path) -> None:
     before = json.loads((copied / "result.json").read_text())
+    config = (copied / "config.yaml").read_text()
     run("train.py", f"resume={copied}", "trainer.gradient_clip_val=1.0", cwd=ROOT)
     after = json.loads((copied / "result.json").read_text())
     assert after["test"] == before["test"]
     assert after["images_per_second"] == pytest.approx(before["images_per_second"], rel=1e-2)
-    assert after["wall_seconds"] > before["wall_seconds"]
+    assert after["wall_seconds"] == before["wall_seconds"]  # nothing was trained
     assert after["overrides"][: len(before["overrides"])] == before["overrides"]
+    assert (copied / "config.yaml").read_text() == config
+
+
+def test_a_resumed_run_records_what_it_trained_with(copied: Path) -> None:
+    before = yaml.safe_load((copied / "config.yaml").read_text())
+    wall_seconds = json.loads((copied / "result.json").read_text())["wall_seconds"]
+    run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=ROOT)
+    trainer = {**before["trainer"], "max_epochs": 3}
+    assert yaml.safe_load((copied / "config.yaml").read_text()) == {**before, "trainer": trainer}
+    assert json.loads((copied / "result.json").read_text())["wall_seconds"] > wall_seconds
 
 
 INTERRUPT = """

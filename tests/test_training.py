@@ -194,7 +194,7 @@ def test_the_learning_rate_follows_the_batch(capsys: pytest.CaptureFixture[str])
     data.setup()
     config = config_of(lr_scaling={"rule": "linear", "base_batch": 256})
     config, model = build_model(config, data)
-    module = build_classifier(config, model, data, None, 1024)
+    module = build_classifier(config, model, data, 1024)
     assert module.optimizer(model.parameters()).param_groups[0]["lr"] == pytest.approx(0.4)
     assert capsys.readouterr().out == "lr 0.4 = 0.1 x 1024/256\n"
     assert config["optimizer"]["lr"] == 0.1  # a resumed run scales again

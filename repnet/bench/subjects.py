@@ -28,7 +28,7 @@ from repnet.errors import InputError
 from repnet.fold import reparameterize
 from repnet.models import create_model, list_models
 from repnet.outline import outline
-from repnet.spec import MODEL_PACKAGES, build, foreign_packages, unknown_name
+from repnet.spec import MODEL_PACKAGES, build, is_own, unknown_name
 
 _BRANCHES = 20  # times the weights of the deploy form that those of a train form may be
 
@@ -163,7 +163,7 @@ def _from_artifact(directory: Path, trust: Sequence[str]) -> Subject:
     # The artefact holds no weights of the train form, and its speed does not depend on them.
     spec = description["architecture"]["train_form"]
     allowed = (*MODEL_PACKAGES, *trust)
-    if not foreign_packages(spec):
+    if is_own(spec):
         tensors, elements = extent(directory / WEIGHTS)
         outline(spec, allowed=allowed, tensors=tensors, elements=elements, factor=_BRANCHES)
     torch.manual_seed(0)

@@ -78,6 +78,7 @@ class EMAWeights(Callback):
         self.every_n_steps = every_n_steps
         self.validate: Weights = validate
         self.validate_other = validate_other
+        self.metric_prefix = _other(validate) if validate_other else None
         self._forget()
 
     def decay_at(self, step: int, update: int) -> float:

@@ -36,6 +36,8 @@ class FoldedValidation(Callback):
         attribute: where the network is, as in `Reparameterize`.
     """
 
+    metric_prefix = "folded"
+
     def __init__(self, every_n_epochs: int = 1, attribute: str | None = None) -> None:
         self.every_n_epochs = every_n_epochs
         self.attribute = attribute
@@ -43,7 +45,9 @@ class FoldedValidation(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        validate_copy(trainer, pl_module, "folded", lambda: self._folded(trainer, pl_module))
+        validate_copy(
+            trainer, pl_module, self.metric_prefix, lambda: self._folded(trainer, pl_module)
+        )
 
     def _folded(self, trainer: Trainer, pl_module: LightningModule) -> LightningModule:
         network = find_network(pl_module, self.attribute)

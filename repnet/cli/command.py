@@ -7,19 +7,22 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from repnet.config import unknown_key
 from repnet.errors import InputError
-from repnet.spec import CONFIGS, unknown_name
+from repnet.spec import CONFIGS, choices, unknown_name
 
 BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
 
@@ -75,6 +78,8 @@ def run(
     codes = []
     for which, error in errors:
         message, code = _explained(error, explain)
+        if isinstance(error, ConfigCompositionException):
+            message = _unknown_key(config_name, message)
         codes.append(code)
         if not hasattr(error, "was_told"):
             _tell(f"error: {which}{message}")
@@ -123,15 +128,36 @@ def message_of(error: BaseException) -> str:
         # A data loader's worker sends its whole traceback as the message; the last line is ours.
         text = str(ours)
         return text.splitlines()[-1].rpartition("InputError: ")[2] if "Traceback" in text else text
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        return unknown_name(group, name.removesuffix(".yaml"), list(error.options))
+        # Hydra lists the options of a single choice, but not those of a list such as callbacks=[x].
+        if options := error.options or choices(group):
+            return unknown_name(group, name.removesuffix(".yaml"), list(options))
     text = str(error).strip()
     if missing := re.search(r"Missing mandatory value: (\S+)", text):
         named = isinstance(error, MissingMandatoryValue) and error.full_key
         key = named or missing[1]
         return f"{key} is required: add {key}=... to the command"
     return text
+
+
+def base_config(config_name: str, overrides: Sequence[str] = ()) -> Any:
+    """Return what a command composes, as plain data that is not resolved."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose(config_name, list(overrides)))
+
+
+def _unknown_key(config_name: str, message: str) -> str:
+    """Return Hydra's message, or a better one if it is about a key that the config lacks."""
+    found = re.search(r"Could not override '([^']+)'", message)
+    if found is None:
+        return message
+    key, config = found[1], base_config(config_name)
+    told = unknown_key(key, config)
+    if "." in key and key.partition(".")[0] in config:
+        told += f" An argument that the config leaves out is added with +{key}=..."
+    return told
 
 
 def output_directory() -> Path:
@@ -143,6 +169,15 @@ def remove_if_empty(directory: Path) -> None:
     """Remove the directory that Hydra made for a job that wrote nothing."""
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
+
+
+def listed(key: str, value: Any) -> list[str]:
+    """Return a value of the command that is a list, or one item of it."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, ListConfig) or not all(isinstance(item, str) for item in value):
+        raise InputError(f"{key}={value} must be a list, such as {key}=[one,other]")
+    return list(value)
 
 
 def command_line(script: str, **overrides: Any) -> str:

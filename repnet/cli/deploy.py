@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from repnet.cli import command
 from repnet.errors import InputError
@@ -56,12 +56,12 @@ def _deploy(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], Exception
     from repnet.deploy.pipeline import Int8, Settings, deploy
 
     exports = {
-        str(name): _list(f"export.{name}.precisions", options.precisions)
+        str(name): command.listed(f"export.{name}.precisions", options.precisions)
         for name, options in cfg.export.items()
         if isinstance(options, DictConfig)
     }
     settings = Settings(
-        trust=_list("trust", cfg.trust),
+        trust=command.listed("trust", cfg.trust),
         split=cfg.split,
         device=cfg.device,
         data=OmegaConf.to_container(cfg.data, resolve=True),  # type: ignore[arg-type]
@@ -91,14 +91,6 @@ def _deploy(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], Exception
         f"{len(reasons)} of {len(report['exports'])} exports failed, the others are saved: "
         f"{'; '.join(reasons)}"
     )
-
-
-def _list(key: str, value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, ListConfig):
-        raise InputError(f"{key}={value} must be a list")
-    return list(value)
 
 
 def _summarize(report: dict[str, Any], directory: Path) -> None:

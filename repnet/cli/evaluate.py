@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from repnet.cli import command
+from repnet.config import validated
 from repnet.errors import InputError
 from repnet.files import write_json
+from repnet.processes import is_main_process
 from repnet.spec import DATA_PACKAGES, build
 
 if TYPE_CHECKING:
@@ -42,14 +44,15 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     from repnet.training.evaluate import evaluate
 
     training._quiet()
-    trust = list(cfg.trust)
-    model, form, saved, described = _load(str(cfg.eval), trust)
+    trust = command.listed("trust", cfg.trust)
     config: Any = OmegaConf.to_container(cfg, resolve=False)
-    data = _data(cfg, saved, described, trust)
-    warnings = _compare(described, data)
     for key in ("trainer", "logger"):
         config[key] = OmegaConf.to_container(cfg[key], resolve=True) if cfg.get(key) else None
-    main_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    config = validated(config, parts=("trainer", "logger", "channels_last"))
+    model, form, saved, described = _load(str(cfg.eval), trust)
+    data = _data(cfg, saved, described, trust)
+    warnings = _compare(described, data)
+    main_process = is_main_process()
     if main_process:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)

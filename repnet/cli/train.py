@@ -13,22 +13,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from repnet.cli import command, evaluate, sweep, trials
+from repnet.cli import command, evaluate, explain, sweep, trials
 from repnet.cli.saved_config import read_config
+from repnet.config import packages_to_trust
 from repnet.errors import InputError
 from repnet.files import write_json
-from repnet.spec import foreign_packages
+from repnet.processes import is_main_process
 
-# What a resumed run builds beside its network and data, from libraries that need no trust.
-_TRAINING = ("loss", "optimizer", "scheduler", "trainer", "logger")
 _ABSENT = object()
-_LIBRARIES = ("repnet", "torch", "torchvision", "pytorch_lightning")
 
 
 def main() -> None:
     """Train from a config, resume a run, evaluate a model, or sweep over configs (`-m`)."""
     if any(argument.lstrip("+").startswith("eval=") for argument in sys.argv[1:]):
         sys.argv[1:] = evaluate.prepare(sys.argv[1:])
+    if "--explain" in sys.argv[1:]:
+        return explain.main(sys.argv[1:])
     resumed: Path | None = None
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
@@ -68,9 +68,11 @@ def job(cfg: DictConfig) -> float | None:
         command.remove_if_empty(directory)
         raise
     except KeyboardInterrupt:
-        if trials.process_rank() == 0 and (directory / "checkpoints" / "last.ckpt").exists():
-            config = OmegaConf.to_container(cfg, resolve=True)
-            resume = command.command_line("train", resume=directory, **_trust(config, _TRAINING))
+        if is_main_process() and (directory / "checkpoints" / "last.ckpt").exists():
+            # A resumed run has been allowed what it names.
+            named = {} if cfg.resume else _plain(cfg)
+            trust = _trust(named, command.listed("trust", cfg.trust))
+            resume = command.command_line("train", resume=directory, **trust)
             print(f"\nThe state was saved. Continue with:\n{resume}", flush=True)
         command.remove_if_empty(directory)
         raise
@@ -84,17 +86,17 @@ def _trial(cfg: DictConfig, made: Path, overrides: list[str]) -> float | None:
     counts it as such, and the next job starts.
     """
     sweep_directory = Path(HydraConfig.get().sweep.dir).absolute()
-    rank = trials.process_rank()
-    with trials.claim(sweep_directory, made, overrides, rank=rank) as directory:
-        if directory != made and rank == 0:
+    main = is_main_process()
+    with trials.claim(sweep_directory, made, overrides, main=main) as directory:
+        if directory != made and main:
             command.remove_if_empty(made)
         result = trials.result_of(directory)
         if result and "error" not in result:
-            if rank == 0:
+            if main:
                 print(f"job {directory.name} is finished: {' '.join(overrides)}", flush=True)
             return result["val"]["best"]
         resume = any((directory / "checkpoints").glob("*.ckpt"))
-        if rank == 0:
+        if main:
             if result and result.get("type") in ("NonFiniteLossError", "InputError"):
                 resume = False  # it would come to the same end
             if not resume:
@@ -102,19 +104,16 @@ def _trial(cfg: DictConfig, made: Path, overrides: list[str]) -> float | None:
             (directory / "result.json").unlink(missing_ok=True)
         try:
             _refuse_nested_processes(cfg)
-            trust = foreign_packages([OmegaConf.to_container(cfg, resolve=True)], ())
-            again = [
-                f"resume={command.quoted(directory)}",
-                f"trust={command.quoted(sorted(trust))}",
-            ]
+            trust = packages_to_trust(_plain(cfg))
+            again = [f"resume={command.quoted(directory)}", f"trust={command.quoted(trust)}"]
             with trials.as_single_run(directory, again if resume else overrides):
-                result = _train(cfg, directory, overrides, trial_of=sorted(trust), resume=resume)
+                result = _train(cfg, directory, overrides, trial_of=trust, resume=resume)
         except Exception as error:
             if command.exit_code(error) is None:
                 traceback.print_exc()
             message = command.message_of(error) if command.exit_code(error) else repr(error)
             failure = {"error": message, "type": type(error).__name__, "overrides": overrides}
-            if rank == 0:
+            if main:
                 write_json(directory / "result.json", failure)
             print(f"job failed: {message}", file=sys.stderr, flush=True)
             return None
@@ -151,36 +150,37 @@ def _train(
         resume: a trial of a sweep, from its last checkpoint and with the config of the command.
         trial_of: the packages which that config names.
     """
-    trust = list(cfg.trust)
+    trust = command.listed("trust", cfg.trust)
     config: Any
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if cfg.resume:
             raise InputError("resume continues one run in its own directory; leave out -m")
         if cfg.lr_find:
             raise InputError("lr_find=true trains nothing that a sweep could compare; leave out -m")
-    if cfg.resume:
-        config = _saved_config(cfg, directory, overrides)
-    else:
-        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        for key in ("resume", "trust", "eval"):
-            config.pop(key, None)
+    config = _saved_config(cfg, directory, overrides) if cfg.resume else _plain(cfg)
     from repnet.training.run import train  # torch is imported only when there is work to do
 
     allowed = [*trust, *trial_of]
     result = train(config, directory, resume=resume or bool(cfg.resume), trust=allowed)
     if found := result.get("lr_find"):
-        if trials.process_rank() == 0:
+        if is_main_process():
             print(
                 f"optimizer.lr={found['suggestion']:.2g} is where the loss falls fastest, a safe "
                 f"choice; it is lowest at {found['lowest']:.2g}: see {directory / 'lr_find.png'}"
             )
         return result
-    if trials.process_rank() == 0:
+    if is_main_process():
         path = directory / "result.json"
         if cfg.resume and path.exists():  # how the run was started stays known
             overrides = [*json.loads(path.read_text())["overrides"], *overrides]
         write_json(path, {**result, "overrides": overrides})
-        _summarize(result, {**config, "trust": trust})
+        described = {
+            "model": config["model"],
+            "block": config.get("block"),
+            "data": {**config["data"]},
+        }
+        described["data"].pop("augment", None)  # of training only
+        _summarize(result, _trust(described, trust))
     return result
 
 
@@ -213,18 +213,19 @@ def _saved_config(cfg: DictConfig, directory: Path, overrides: list[str]) -> Any
     return OmegaConf.to_container(saved, resolve=False)
 
 
-def _trust(config: Any, parts: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Return the `trust` that the next command needs: packages of the network, data and `parts`."""
-    packages = {
-        *config["trust"],
-        *foreign_packages([config["model"], config.get("block")]),
-        *foreign_packages({"_target_": config["data"]["_target_"]}, _LIBRARIES[:1]),
-        *foreign_packages([config.get(part) for part in parts], _LIBRARIES),
-    }
-    return {"trust": sorted(packages)} if packages else {}
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return what a command composed as the config of a run."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return {key: value for key, value in config.items() if key not in ("resume", "trust", "eval")}
 
 
-def _summarize(result: dict[str, Any], config: dict[str, Any]) -> None:
+def _trust(config: dict[str, Any], trust: Sequence[str]) -> dict[str, list[str]]:
+    """Return the `trust` that the next command needs to read `config` from a file."""
+    packages = sorted({*trust, *packages_to_trust(config)})
+    return {"trust": packages} if packages else {}
+
+
+def _summarize(result: dict[str, Any], trust: dict[str, list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -240,6 +241,4 @@ def _summarize(result: dict[str, Any], config: dict[str, Any]) -> None:
     table.add_row("wall time", f"{result['wall_seconds']:.1f} s")
     Console().print(table)
     print("Next, fold it and confirm that its predictions are unchanged:")
-    print(
-        command.command_line("deploy", ckpt=result["best_checkpoint"], **_trust(config)), flush=True
-    )
+    print(command.command_line("deploy", ckpt=result["best_checkpoint"], **trust), flush=True)

@@ -25,7 +25,7 @@ RECORD = "job.json"  # the overrides of a job, written when it starts
 
 @contextmanager
 def claim(
-    sweep: Path, directory: Path, overrides: Sequence[str], *, rank: int = 0
+    sweep: Path, directory: Path, overrides: Sequence[str], *, main: bool = True
 ) -> Iterator[Path]:
     """Give the directory of the job with these overrides, which no other process has meanwhile.
 
@@ -36,9 +36,10 @@ def claim(
         sweep: directory of all jobs.
         directory: for a job that is not known yet, if it is free.
         overrides: of the job.
-        rank: of this process, where a cluster starts one for each device; the others follow 0.
+        main: whether this is the first process, where a cluster starts one for each device; the
+            others follow it.
     """
-    if rank:
+    if not main:
         yield _await(sweep, overrides)
         return
     file = _known(sweep, overrides) or _new(sweep, directory, overrides)
@@ -76,14 +77,6 @@ def as_single_run(directory: Path, arguments: Sequence[str]) -> Iterator[None]:
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def process_rank() -> int:
-    """Return this process's number among those that train together, before they are connected."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # in Lightning's order
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
 
 
 def identity(overrides: Sequence[str]) -> list[str]:

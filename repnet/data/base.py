@@ -48,7 +48,7 @@ class ImageDataModule(LightningDataModule, ABC):
         std: Sequence[float],
         batch_size: int = 64,
         num_workers: int = 0,
-        augment: Sequence[Augment] = (),
+        augment: Sequence[Augment] | None = (),
         on_device: bool = False,
     ) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.mean, self.std = list(mean), list(std)
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.augment = list(augment)
+        self.augment = list(augment or ())
         self.splits: Splits | None = None
 
     @abstractmethod

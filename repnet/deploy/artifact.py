@@ -20,7 +20,7 @@ from repnet.deploy.folded_layers import changed_layers, with_layers
 from repnet.errors import InputError, one_line
 from repnet.files import finite, read_json, sha256, write_atomically, write_json
 from repnet.outline import outline
-from repnet.spec import MODEL_PACKAGES, build, foreign_packages, is_plain
+from repnet.spec import MODEL_PACKAGES, build, is_own, is_plain
 
 FORMAT = "repnet-deploy"
 VERSION = 1
@@ -149,7 +149,7 @@ def _without_weights(
     """Return a network for weights to be assigned to; refuse one of quite another size."""
     spec, layers = architecture["train_form"], architecture["layers"]
     allowed = (*MODEL_PACKAGES, *trust)
-    if foreign_packages(spec):  # trusted, and may hold tensors that are not among its weights
+    if not is_own(spec):  # trusted, and may hold tensors that are not among its weights
         return with_layers(build(spec, allowed=allowed), layers)
     tensors, elements = extent(weights)
     return outline(

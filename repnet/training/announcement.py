@@ -1,14 +1,17 @@
-"""`ParameterTable`: what is trained, and how, before the first step."""
+"""What is said and written of a run before its first step."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from repnet.blocks import Block
+from repnet.files import write_text
 from repnet.kernel import NotFoldableError
 from repnet.symbolic import kernel_of, twin
 from repnet.training.parameter_groups import parameter_table
@@ -62,3 +65,22 @@ def growing_blocks(network: nn.Module) -> list[str]:
         f"'{names[0]}'{f' and {len(names) - 1} more' if names[1:] else ''} will deploy as {cost}"
         for cost, names in lines.items()
     ]
+
+
+class RunConfig(Callback):
+    """Write `config.yaml` when training starts: then nothing is left that could be refused.
+
+    A resumed run that has nothing left to train keeps its own.
+
+    Args:
+        config: plain data.
+        directory: of the run.
+    """
+
+    def __init__(self, config: dict[str, Any], directory: Path) -> None:
+        self.config = config
+        self.path = directory / "config.yaml"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_text(self.path, yaml.safe_dump(self.config, sort_keys=False))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
 from torch import nn
 
-from repnet.errors import InputError
+from repnet.errors import InputError, first_line
+from repnet.processes import is_main_process
 from repnet.spec import build
 from repnet.symbolic import evaluating, twin
 from repnet.training.activation_checkpointing import checkpoint_activations
@@ -18,31 +19,26 @@ from repnet.training.classifier import Classifier
 from repnet.training.learning_rate import describe_scaling, scaled_learning_rate
 from repnet.training.objectives import based
 
-Allowed = Sequence[str] | None  # packages that may be built from a file; None for all
 
-
-def build_model(
-    config: dict[str, Any], data: Any, allowed: Allowed = None
-) -> tuple[dict[str, Any], nn.Module]:
+def build_model(config: dict[str, Any], data: Any) -> tuple[dict[str, Any], nn.Module]:
     """Return the config with the whole description of the model, and the model.
 
     Args:
         config: of `train`.
         data: an `ImageDataModule` after `setup`.
-        allowed: see `repnet.spec.build`.
 
     Raises:
         InputError: the model does not fit the data.
     """
-    config = {**config, "model": complete_model(config, data, allowed)}
-    model = build(config["model"], allowed=allowed)
+    config = {**config, "model": complete_model(config, data)}
+    model = build(config["model"])
     _check_fit(model, data)
     if parts := config.get("checkpoint_activations"):
         checkpoint_activations(model, parts)
     return config, model
 
 
-def complete_model(config: dict[str, Any], data: Any, allowed: Allowed = None) -> dict[str, Any]:
+def complete_model(config: dict[str, Any], data: Any) -> dict[str, Any]:
     """Return the model's description with what the data and the block group decide.
 
     `num_classes`, `in_channels` and `block` are added where the model's target takes them by name
@@ -51,43 +47,39 @@ def complete_model(config: dict[str, Any], data: Any, allowed: Allowed = None) -
     Args:
         config: with the entries `model` and `block`.
         data: an `ImageDataModule` after `setup`.
-        allowed: packages that the target must be defined in; None for the user's own config.
 
     Raises:
-        InputError: a block was chosen for a model that takes none, or the target is not allowed.
+        InputError: a block was chosen for a model that takes none.
     """
     spec = dict(config["model"])
     known = {"num_classes": data.num_classes, "in_channels": data.input_shape[0]}
     if config.get("block"):
-        if "block" not in _parameters_of(spec, allowed):
+        if "block" not in _parameters_of(spec):
             raise InputError(f"{spec['_target_']} takes no block; remove the block=... override")
         known["block"] = config["block"]
         spec.pop("block", None)
-    return completed(spec, known, allowed)
+    return completed(spec, known)
 
 
-def completed(spec: dict[str, Any], known: dict[str, Any], allowed: Allowed) -> dict[str, Any]:
+def completed(spec: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """Return `spec` with those of the known arguments that its target takes and that it lacks."""
-    accepted = _parameters_of(spec, allowed)
+    accepted = _parameters_of(spec)
     missing = {k: v for k, v in known.items() if k in accepted or k in spec}
     return {**spec, **{k: v for k, v in missing.items() if spec.get(k) is None}}
 
 
-def _parameters_of(spec: dict[str, Any], allowed: Allowed) -> Collection[str]:
-    target = build({"_target_": spec["_target_"], "_partial_": True}, allowed=allowed).func
+def _parameters_of(spec: dict[str, Any]) -> Collection[str]:
+    target = build({"_target_": spec["_target_"], "_partial_": True}).func
     return inspect.signature(target).parameters
 
 
-def build_classifier(
-    config: dict[str, Any], model: nn.Module, data: Any, allowed: Allowed, batch: int
-) -> Classifier:
+def build_classifier(config: dict[str, Any], model: nn.Module, data: Any, batch: int) -> Classifier:
     """Return the LightningModule that a config describes.
 
     Args:
         config: of `train`.
         model: to train.
         data: an `ImageDataModule` after `setup`.
-        allowed: see `repnet.spec.build`.
         batch: images of an optimizer step, for the learning rate.
     """
     known = {"num_classes": data.num_classes, "input_shape": list(data.input_shape)}
@@ -96,15 +88,17 @@ def build_classifier(
         spec = config.get(key)
         if not spec:
             return None
-        spec = completed(spec, known, allowed)
-        return build({**spec, "_partial_": True} if partial else spec, allowed=allowed)
+        spec = completed(spec, known)
+        return build({**spec, "_partial_": True} if partial else spec)
 
     objective = made("objective", partial=True)
     if objective is not None:
         objective = based(objective, made("loss"), model=model, **known)
-    optimizer = build(
-        {**config["optimizer"], **_learning_rate(config, batch), "_partial_": True}, allowed=allowed
-    )
+    optimizer = build({**config["optimizer"], **_learning_rate(config, batch), "_partial_": True})
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"optimizer: {first_line(error)}") from error
     groups = {"parameter_groups": made("parameter_groups", partial=True)}
     return Classifier(
         model,
@@ -129,10 +123,9 @@ def _learning_rate(config: dict[str, Any], batch: int) -> dict[str, float]:
     rule = config.get("lr_scaling")
     if not rule:
         return {}
-    base = config["optimizer"].get("lr")
-    if base is None:
-        raise InputError("lr_scaling needs optimizer.lr, which is that of lr_scaling.base_batch")
-    print(describe_scaling(base, batch=batch, **rule), flush=True)
+    base = config["optimizer"]["lr"]
+    if is_main_process():
+        print(describe_scaling(base, batch=batch, **rule), flush=True)
     return {"lr": scaled_learning_rate(base, batch=batch, **rule)}
 
 

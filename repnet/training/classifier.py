@@ -77,6 +77,15 @@ class Classifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.contiguous(memory_format=self.memory_format))
 
+    def metric_names(self, *splits: str) -> list[str]:
+        """Return what a callback may monitor: the metrics of training and validation.
+
+        Args:
+            splits: "train" or "val"; both where there are none.
+        """
+        names = ["train/loss", "val/loss", *self.accuracies["val_accuracy"].keys()]  # type: ignore[operator]
+        return [name for name in names if not splits or name.partition("/")[0] in splits]
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch
         if self.mix is not None:

@@ -22,12 +22,11 @@ _NEEDS = {
 _KEPT = ("name", "version", "project", "group", "experiment_name", "run_name", "offline")
 
 
-def build_loggers(config: Any, *, allowed: Sequence[str] | None = None) -> list[Any]:
+def build_loggers(config: Any) -> list[Any]:
     """Return the loggers that `config` describes.
 
     Args:
         config: a description with `_target_`, a dict of descriptions by name, or None.
-        allowed: packages that targets must be defined in; None for the user's own config.
 
     Raises:
         InputError: a library is not installed, or a logger does not take its arguments.
@@ -40,7 +39,7 @@ def build_loggers(config: Any, *, allowed: Sequence[str] | None = None) -> list[
         module, extra = _NEEDS.get(kind, ("", ""))
         if module and find_spec(module) is None:
             raise InputError(f'{kind} needs {module}: pip install "repnet[{extra}]"')
-        loggers.append(build(spec, allowed=allowed))
+        loggers.append(build(spec))
     return loggers
 
 
@@ -60,9 +59,10 @@ def confined_loggers(config: Any, directory: Path) -> dict[str, Any]:
             for k, v in spec.items()
             if k in _KEPT and isinstance(v, str | bool)
         }
-        folder = directory / "mlflow" if kind == "MLFlowLogger" else directory
-        kept |= _continued(kind, directory, kept)
-        confined[str(index)] = {"_target_": spec["_target_"], "save_dir": str(folder), **kept}
+        if kind in (*_NEEDS, "CSVLogger"):
+            folder = directory / "mlflow" if kind == "MLFlowLogger" else directory
+            kept = {"save_dir": str(folder), **kept, **_continued(kind, directory, kept)}
+        confined[str(index)] = {"_target_": spec["_target_"], **kept}
     return confined
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from repnet.errors import InputError
+from repnet.processes import is_main_process
 
 _PROFILERS: dict[str, Any] = {
     "simple": SimpleProfiler,
@@ -21,14 +21,12 @@ def build_profiler(name: Any, directory: str | Path) -> Any:
 
     Args:
         name: `simple` (seconds by hook), `advanced` (by function), `pytorch` (by operation, with a
-            trace for TensorBoard or Perfetto); a profiler or None is returned as it is.
+            trace for TensorBoard or Perfetto); a profiler or None is returned as it is. Only the
+            first process of all nodes has one by name.
         directory: of the run.
-
-    Raises:
-        InputError: the name is unknown.
     """
     if not isinstance(name, str):
         return name
-    if name not in _PROFILERS:
-        raise InputError(f"trainer.profiler={name} is not one of {', '.join(_PROFILERS)}")
+    if not is_main_process():
+        return None
     return _PROFILERS[name](dirpath=Path(directory) / "profile", filename="profile")

@@ -9,7 +9,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
+from filelock import FileLock, Timeout
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -37,69 +38,21 @@ from repnet.callbacks import (
 )
 from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
 from repnet.complexity import count_parameters
+from repnet.config import validated
 from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
-from repnet.files import sweep_leftovers, write_text
-from repnet.spec import DATA_PACKAGES, MODEL_PACKAGES, build
-from repnet.training.announcement import ParameterTable
+from repnet.files import sweep_leftovers
+from repnet.processes import is_main_process
+from repnet.spec import build, unknown_name, within
+from repnet.training.announcement import ParameterTable, RunConfig
 from repnet.training.assembly import build_classifier, build_model, images_per_step
+from repnet.training.classifier import Classifier
 from repnet.training.find_lr import find_learning_rate
 from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
 from repnet.training.profiling import build_profiler
 from repnet.weights import load_weights
 
 STATISTICS_BATCHES = 10  # that give the norms of a partially folded network their statistics
-
-# What a config that says nothing of these means: that of an older run, or of a library's caller.
-DEFAULTS: dict[str, Any] = {
-    "callbacks": {},
-    "channels_last": False,
-    "checkpoint": {
-        "every_n_steps": None,
-        "every_minutes": None,
-        "monitor": "val/top1",
-        "mode": "max",
-    },
-    "lr_find": False,
-    "on_nan": "stop",
-    "pictures": False,
-    "pretrained": None,
-    "pretrained_head": False,
-}
-# What the config of a run directory may name when a run is resumed from it.
-RESUME_PACKAGES = (
-    *MODEL_PACKAGES,
-    *DATA_PACKAGES,
-    "repnet.training.auxiliary_heads",
-    "repnet.training.losses",
-    "repnet.training.mix",
-    "repnet.training.objectives",
-    "repnet.training.parameter_groups",
-    "repnet.training.schedules",
-    "repnet.training.teacher",
-    "repnet.callbacks.ema",
-    "repnet.callbacks.frozen_norms",
-    "repnet.callbacks.kernel_decay",
-    "repnet.callbacks.norm_health",
-    "repnet.callbacks.pictures",
-    "repnet.callbacks.quantization_aware",
-    "repnet.callbacks.progressive",
-    "repnet.callbacks.prune",
-    "repnet.callbacks.recalibration",
-    "repnet.callbacks.weight_decay",
-    "torch.optim",
-    "torch.nn.modules.loss",
-    "torchvision.transforms.autoaugment",
-    "torchvision.transforms.v2",
-)
-# In their own places only: elsewhere a logger could send any file to any server.
-TRAINER_PACKAGES = ("pytorch_lightning.trainer",)
-LOGGER_PACKAGES = (
-    "pytorch_lightning.loggers.csv_logs",
-    "pytorch_lightning.loggers.mlflow",
-    "pytorch_lightning.loggers.wandb",
-    "pytorch_lightning.loggers.tensorboard",
-)
 
 
 def train(
@@ -115,8 +68,8 @@ def train(
         config: the composed config, resolved, as plain data.
         directory: of the run; made if it is not there.
         resume: continue from the last valid checkpoint in `directory/checkpoints`, else from the
-            beginning; `config` came out of a file then, and may name only what `RESUME_PACKAGES`
-            and `trust` hold.
+            beginning; `config` came out of a file then, and may name only what
+            `repnet.config.allowed_in` and `trust` hold.
         trust: packages.
 
     Returns:
@@ -128,23 +81,30 @@ def train(
         CheckpointWriteError: the disk took no checkpoint; the one before it is whole.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1, after the state was saved.
     """
-    started = time.perf_counter()
     _quiet()
-    config = DEFAULTS | config
-    allowed, trainers, loggers_allowed = (
-        (*packages, *trust) if resume else None
-        for packages in (RESUME_PACKAGES, TRAINER_PACKAGES, LOGGER_PACKAGES)
-    )
+    config = validated(config, trust=trust if resume else None)
+    _refuse_impossible(config)
+    with _only_one(directory):
+        return _train(config, directory, resume=resume, trust=trust)
+
+
+def _train(
+    config: dict[str, Any], directory: Path, *, resume: bool, trust: Sequence[str]
+) -> dict[str, Any]:
+    started = time.perf_counter()
     checkpoints = directory / "checkpoints"
     last = checkpoints / "last.ckpt"
     main_process = is_main_process()
     if main_process:
         sweep_leftovers(directory)
     start: Path | None = None  # the checkpoint to continue from
+    contents: dict[str, Any] = {}  # of it
     if resume and any(checkpoints.glob("*.ckpt")):
         start, problem = find_valid_checkpoint(checkpoints)
         if problem and main_process:
             print(f"continuing from '{start}': {problem}", flush=True)
+        contents = read_checkpoint(start)
+        _refuse_ineffective(config, contents)
     elif resume and main_process:
         print(f"'{directory}' holds no checkpoint yet: the run starts from its beginning")
     if not resume and main_process and checkpoints.exists():
@@ -153,35 +113,34 @@ def train(
             "another hydra.run.dir"
         )
     pl.seed_everything(config["seed"], workers=True, verbose=False)
+    record = config  # what the run is known by
     if resume:
         config = _confined(config, directory)
-    data = build(config["data"], allowed=allowed)
+    data = build(config["data"])
     data.setup()
     data.train_dataloader()  # refuses batches that the data cannot fill, before anything is written
-    config, model = build_model(config, data, allowed)
+    config, model = build_model(config, data)
+    record = {**record, "model": config["model"]}
     if config["pretrained"] and not start:
         head = config["pretrained_head"]
         batches = (images for images, _ in islice(data.train_dataloader(), STATISTICS_BATCHES))
         said = load_folded(model, config["pretrained"], batches, head=head, trust=trust)
-        print(said or load_weights(model, config["pretrained"], head=head), flush=True)
-    previous_seconds = 0.0
-    saved: dict[str, Any] | None = None
-    if resume:  # before anything is written: the checkpoint is whole, and fits the config
-        if start:
-            contents = read_checkpoint(start)
-            load_network(model, contents, start)
-            saved = contents["repnet"]["config"]
-            del contents
-        previous_seconds = _previous_seconds(directory)
+        loaded = said or load_weights(model, config["pretrained"], head=head)
+        if main_process:
+            print(loaded, flush=True)
+    steps_before = contents.get("global_step", 0)
+    if start:  # before anything is written: the checkpoint fits the config
+        load_network(model, contents, start)
+    contents.clear()
+    previous_seconds = _previous_seconds(directory) if resume else 0.0
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
         trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
-    _refuse_impossible_precision(config)
     trainer_options["profiler"] = build_profiler(trainer_options.get("profiler"), directory)
     if config["lr_find"] and not resume:
         unscheduled = {**config, "scheduler": None}  # its epochs are not those of the test
-        classifier = build_classifier(unscheduled, model, data, allowed, data.batch_size)
-        make_trainer = build(trainer_options, allowed=trainers)
+        classifier = build_classifier(unscheduled, model, data, data.batch_size)
+        make_trainer = build(trainer_options)
         found = find_learning_rate(make_trainer, classifier, data, path=directory / "lr_find.png")
         return {"lr_find": {"suggestion": found.suggestion, "lowest": found.lowest}}
 
@@ -192,18 +151,18 @@ def train(
         "enable_version_counter": False,
     }
     keep = config["checkpoint"]
-    best = _MovableCheckpoint(
-        **save, filename="best", monitor=keep["monitor"], mode=_one_of(keep, "mode", "max", "min")
-    )
+    best = _MovableCheckpoint(**save, filename="best", monitor=keep["monitor"], mode=keep["mode"])
     on_nan = {"stop": StopOnNonFiniteLoss, "skip": SkipNonFiniteSteps}
-    nan_policy = on_nan[_one_of(config, "on_nan", *on_nan)](path=directory / "nan_batch.pt")
+    nan_policy = on_nan[config["on_nan"]](path=directory / "nan_batch.pt")
+    chosen_callbacks = _build_callbacks(config["callbacks"])
     callbacks: list[pl.Callback] = [
-        CheckpointEntry(describe(config, data.describe())),
+        CheckpointEntry(describe(record, data.describe())),
         ParameterTable(),
+        RunConfig(record, directory),
         history,
         CorruptImages(),
         best,
-        *(build(spec, allowed=allowed) for spec in config["callbacks"].values() if spec),
+        *chosen_callbacks.values(),
         nan_policy,  # after what changes gradients
         LastCheckpoint(
             last, every_n_steps=keep["every_n_steps"], every_minutes=keep["every_minutes"]
@@ -219,9 +178,9 @@ def train(
         callbacks.append(Pictures())
     if sys.stdout.isatty():
         callbacks.append(ThroughputBar())
-    loggers = build_loggers(config.get("logger"), allowed=loggers_allowed)
+    loggers = build_loggers(config["logger"])
     try:
-        trainer: pl.Trainer = build(trainer_options, allowed=trainers)(
+        trainer: pl.Trainer = build(trainer_options)(
             callbacks=callbacks,
             logger=loggers,
             plugins=[SafeCheckpointIO()],
@@ -235,11 +194,9 @@ def train(
         raise InputError(
             f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
         ) from error
-    classifier = build_classifier(config, model, data, allowed, images_per_step(trainer, data))
-    if saved is not None:
-        _refuse_ineffective(config, saved)
+    classifier = build_classifier(config, model, data, images_per_step(trainer, data))
+    _check_monitors(keep["monitor"], chosen_callbacks, classifier)
     if main_process:
-        write_text(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         _announce(config, data, model, trainer, directory)
     try:
         _uninterrupted(
@@ -270,7 +227,8 @@ def train(
         },
         "best_checkpoint": chosen,
         "images_per_second": history.images_per_second,
-        "wall_seconds": previous_seconds + time.perf_counter() - started,
+        "wall_seconds": previous_seconds
+        + (time.perf_counter() - started if trainer.global_step > steps_before else 0),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "skipped_steps": getattr(nan_policy, "skipped", 0),
@@ -289,14 +247,86 @@ def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     return {**config, "data": data, "logger": logger, "trainer": trainer}
 
 
-def _refuse_ineffective(config: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Refuse changes of what a checkpoint restores, which would do nothing."""
-    for part in ("optimizer", "parameter_groups", "lr_scaling"):
-        if config.get(part) != saved.get(part):
+def _refuse_ineffective(config: dict[str, Any], contents: dict[str, Any]) -> None:
+    """Refuse changes of what a checkpoint has decided, and an end that lies behind it."""
+    saved = contents["repnet"]["config"]
+    for key in ("optimizer", "parameter_groups", "lr_scaling", "seed", "pretrained", "lr_find"):
+        if config[key] != saved.get(key, config[key]):
             raise InputError(
-                f"{part} cannot be changed in a resumed run, whose checkpoint holds the state of "
-                "its optimizer; start a new run with pretrained=CHECKPOINT"
+                f"{key} cannot be changed in a resumed run, which goes on with what its checkpoint "
+                "holds; start a new run with pretrained=CHECKPOINT"
             )
+    progress = contents.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+    epochs, end = (
+        progress.get("current", {}).get("processed", 0),
+        config["trainer"].get("max_epochs"),
+    )
+    if end is not None and 0 <= end < epochs:
+        raise InputError(
+            f"trainer.max_epochs={end} lies behind the run, which has trained {epochs} epochs; "
+            f"choose {epochs} or more"
+        )
+
+
+def _build_callbacks(config: dict[str, Any]) -> dict[str, pl.Callback]:
+    """Return the callbacks of a config by name.
+
+    Raises:
+        InputError: one is something else.
+    """
+    callbacks = {name: build(spec) for name, spec in config.items() if spec}
+    for name, callback in callbacks.items():
+        if not isinstance(callback, pl.Callback):
+            raise InputError(
+                f"callbacks.{name}: {config[name]['_target_']} is not a callback of "
+                "pytorch_lightning"
+            )
+    return callbacks
+
+
+def _check_monitors(best: str, callbacks: dict[str, pl.Callback], classifier: Classifier) -> None:
+    """Refuse a metric to watch that nobody logs, which Lightning would find after an epoch.
+
+    What a callback of the user's own logs is not known, so that nothing is refused beside one.
+    """
+    known = ("repnet", "pytorch_lightning")
+    if not all(within(type(callback).__module__, known) for callback in callbacks.values()):
+        return
+    logged = classifier.metric_names()
+    for prefix in [getattr(callback, "metric_prefix", None) for callback in callbacks.values()]:
+        logged += [f"{prefix}/{name}" for name in classifier.metric_names("val") if prefix]
+    monitors = {"checkpoint.monitor": best} | {
+        f"callbacks.{name}.monitor": getattr(callback, "monitor", None)
+        for name, callback in callbacks.items()
+    }
+    for key, monitor in monitors.items():
+        if monitor is not None and monitor not in logged:
+            raise InputError(f"{key}: {unknown_name('metric', monitor, logged)}")
+
+
+@contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """Hold the directory of a run against other processes that would train in it."""
+    if not is_main_process():
+        yield
+        return
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process trains in '{directory}'; wait for it to end, or choose another "
+            "hydra.run.dir"
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        if made and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def _previous_seconds(directory: Path) -> float:
@@ -305,12 +335,6 @@ def _previous_seconds(directory: Path) -> float:
     if not path.exists():
         return 0.0
     return float(json.loads(path.read_text(encoding="utf-8")).get("wall_seconds") or 0)
-
-
-def is_main_process() -> bool:
-    """Return whether this is the first process of all nodes; known before Lightning starts."""
-    known = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return int(next((rank for rank in known if rank is not None), 0)) == 0
 
 
 def versions() -> dict[str, str]:
@@ -353,29 +377,31 @@ def _uninterrupted(trainer: pl.Trainer, call: Any) -> Any:
         raise InputError(str(error)) from error
 
 
-def _one_of(config: dict[str, Any], key: str, *choices: str) -> str:
-    if config[key] not in choices:
-        raise InputError(f"{key}={config[key]} is not one of {', '.join(choices)}")
-    return str(config[key])
-
-
 def _on_cpu(config: dict[str, Any]) -> bool:
     accelerator = config["trainer"].get("accelerator", "auto")
     return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
 
 
-def _refuse_impossible_precision(config: dict[str, Any]) -> None:
-    """Refuse what a CPU cannot train in: half precision, and float32 in channels_last.
+def _refuse_impossible(config: dict[str, Any]) -> None:
+    """Refuse what a CPU cannot do: half precision, float32 in channels_last, many processes.
 
     torch 2.13 and 2.14 end in a segmentation fault in the backward pass of a 1x1 stride-2
     convolution of 3 or 4 channels, the stem of these networks (oneDNN).
     """
+    if not _on_cpu(config):
+        return
+    devices, cores = config["trainer"].get("devices"), os.cpu_count() or 1
+    if str(devices).isdecimal() and int(devices) > cores:
+        raise InputError(
+            f"trainer.devices={devices} starts as many processes on the CPU, which has {cores} "
+            "cores; lower it, or choose trainer.accelerator=gpu"
+        )
     precision = str(config["trainer"].get("precision", "32"))
-    if precision.startswith("16") and _on_cpu(config):
+    if precision.startswith("16"):
         raise InputError(
             f"trainer.precision={precision} needs a GPU; on the CPU use bf16-mixed or 32-true"
         )
-    if config["channels_last"] and _on_cpu(config) and "bf16" not in precision:
+    if config["channels_last"] and "bf16" not in precision:
         raise InputError(
             "channels_last=true in float32 on the CPU crashes torch in the stem's backward pass; "
             "use trainer.precision=bf16-mixed, or channels_last=false"
