@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ from repnet.deploy.device import hardware, usable_device
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting
 from repnet.deploy.gate import VerificationError, judge
-from repnet.deploy.latency import measure_latency
+from repnet.deploy.latency import FEWEST, Latency, measure_latency
+from repnet.deploy.limits import limits
 from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.report import write_html
 from repnet.deploy.settings import Int8, Settings
@@ -40,8 +42,7 @@ from repnet.fold import reparameterize
 from repnet.spec import DATA_PACKAGES, build
 
 PROOF_SAMPLES = 4  # real images on which every block is compared in float64
-LATENCY_SECONDS = 3.0  # that slow networks are timed for, about; at least MIN_RUNS each
-MIN_RUNS = 10
+LATENCY_SECONDS = 3.0  # that slow networks are timed for, about; at least FEWEST rounds
 
 __all__ = ["Int8", "Settings", "VerificationError", "deploy"]
 
@@ -122,6 +123,7 @@ def deploy(
                 },
                 exports=exports,
             )
+        report["limits"] = limits(report, settings)
         report["wall_seconds"] = time.perf_counter() - started
         write_json(stage.path / "report.json", report)
         write_html(report, stage.path / "report.html")
@@ -190,7 +192,7 @@ def _verify(
         batch = torch.zeros(settings.latency_batch, *data.input_shape, device=device) + example[:1]
         forms = {"train_form": train_form, "deploy_form": deploy_form}
         latency, runs = _latency(forms, exports, batch, settings)
-    report["latency_ms"] = {name: latency[name]["median"] for name in latency}
+    report["latency_ms"] = {name: latency[name].median for name in latency}
     on_gpu = {
         "train_form",
         "deploy_form",
@@ -203,7 +205,7 @@ def _verify(
         "devices": {
             name: hardware(device if name in on_gpu else torch.device("cpu")) for name in latency
         },
-        "forms": latency,
+        "forms": {name: asdict(latency[name]) for name in latency},
     }
     top1 = evaluation.metrics["train_form"]["top1"]
     report["exports"] = [export.describe(top1, settings.preprocess) for export in exports]
@@ -242,7 +244,7 @@ def _reloaded(folded: nn.Module, architecture: dict[str, Any], trust: Sequence[s
 
 def _latency(
     forms: dict[str, nn.Module], exports: Sequence[Export], batch: Tensor, settings: Settings
-) -> tuple[dict[str, dict[str, float]], int]:
+) -> tuple[dict[str, Latency], int]:
     """Return the latencies of both forms and all verified exports by name, and the runs of each."""
     subjects: dict[str, Callable[[Tensor], Any]] = dict(forms)
     images = batch.cpu()
@@ -254,9 +256,10 @@ def _latency(
         subjects[export.name] = partial(_call, export.runner, images)
     measure_latency(subjects, batch, runs=1, warmup=1)
     once = measure_latency(subjects, batch, runs=1, warmup=0)
-    round_trip = sum(spread["median"] for spread in once.values()) / 1e3
-    runs = min(settings.latency_runs, max(MIN_RUNS, int(LATENCY_SECONDS / round_trip)))
-    times = measure_latency(subjects, batch, runs=runs, warmup=min(10, runs // 2))
+    round_trip = sum(latency.median for latency in once.values()) / 1e3
+    runs = min(settings.latency_runs, max(FEWEST, int(LATENCY_SECONDS / round_trip)))
+    warmup = min(10, runs // 2)
+    times = measure_latency(subjects, batch, runs=runs, warmup=warmup, watched=list(forms))
     for export in verified:
         export.latency = times[export.name]
     return times, runs

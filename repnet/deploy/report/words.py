@@ -53,9 +53,9 @@ def points(value: Any, digits: int = 2) -> str:
     return number(known, f"{{:+.{digits}f}}") if known else "±0"
 
 
-def scientific(value: Any) -> str:
+def scientific(value: Any, digits: int = 1) -> str:
     """Return a number with its power of ten, without the zeros of a C program."""
-    text = "0" if value == 0 else number(value, "{:.1e}")
+    text = "0" if value == 0 else number(value, f"{{:.{digits}e}}")
     return text.replace(f"e{MINUS}0", f"e{MINUS}").replace("e+0", "e+")
 
 
