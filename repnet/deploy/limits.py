@@ -140,7 +140,7 @@ def _of_files(
     same = _setting(settings, f"{group}.min_agreement", f"same prediction, {kind} files")
     same.hold(values("agreement"))
     batch = Limit(
-        f"other logits in another batch, {kind} files",
+        f"difference of logits in another batch, {kind} files",
         None,
         OTHER_BATCH_TOLERANCE,
         OTHER_BATCH_TOLERANCE,

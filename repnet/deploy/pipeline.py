@@ -30,6 +30,7 @@ from repnet.deploy.exporting import Export, Exporting
 from repnet.deploy.gate import VerificationError, judge
 from repnet.deploy.latency import FEWEST, Latency, measure_latency
 from repnet.deploy.limits import limits
+from repnet.deploy.native_output import native_output_hidden
 from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.report import write_html
 from repnet.deploy.settings import Int8, Settings
@@ -166,7 +167,7 @@ def _verify(
         folded, folds = reparameterize(train_form, example, method="modules", return_report=True)
         for name, reason in folds.put_back.items():
             raise FoldMismatchError(
-                f"block '{name}' differs from its original: {reason}", name, folds.proof
+                f"block '{name}' differs from its original: {reason}", name, folds.failed
             )
     report |= findings.of_fold(folds)
     check_structure(train_form, folded, allow_norms=settings.allow_norms)
@@ -184,11 +185,11 @@ def _verify(
         exporting = Exporting(
             deepcopy(deploy_form).cpu(), data, evaluation, settings, directory, _progress
         )
-        with _timed(seconds, "exports"):
+        with _timed(seconds, "exports"), native_output_hidden():
             exports = exporting.run()
         if exporting.int8 is not None:
             report["int8"] = exporting.int8
-    with _timed(seconds, "latency"):
+    with _timed(seconds, "latency"), native_output_hidden():
         batch = torch.zeros(settings.latency_batch, *data.input_shape, device=device) + example[:1]
         forms = {"train_form": train_form, "deploy_form": deploy_form}
         latency, runs = _latency(forms, exports, batch, settings)
@@ -214,7 +215,9 @@ def _verify(
         report |= findings.of_network(train_form, deploy_form, data.input_shape, blocks)
     refused = [export for export in exports if export.status == "refused"]
     if refused:
-        raise VerificationError(f"{refused[0].name}: {refused[0].reason}")
+        others = ", ".join(export.name for export in refused[1:])
+        too = f" ({others} {'is' if len(refused) == 2 else 'are'} refused, too)" * bool(others)
+        raise VerificationError(f"{refused[0].name}: {refused[0].reason}{too}")
     return deploy_form
 
 

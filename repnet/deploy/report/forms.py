@@ -140,17 +140,14 @@ class _Axis:
     def __init__(self, values: list[float]) -> None:
         marks = [10.0**power * factor for power in _DECADES for factor in (1, 2, 5)]
         smallest, largest = min(values, default=1.0), max(values, default=1.0)
-        low = max((mark for mark in marks[:-1] if mark <= smallest), default=marks[0])
-        high = min((mark for mark in marks if mark >= max(largest, 1.5 * low)), default=marks[-1])
-        within = [mark for mark in marks if low <= mark <= high]
-        self.low, self.span = math.log10(low), math.log10(high) - math.log10(low)
-        step = math.ceil(len(within) / TICKS)
-        if step > 1:  # from the right, so that the end has its unit
-            step = 3 * math.ceil(step / 3)
-            within = within[::-1][::step][::-1]
-        self.ticks = [
-            (f"{mark:g}{' ms' * (mark == within[-1])}", self.position(mark)) for mark in within
-        ]
+        first = max((i for i, mark in enumerate(marks[:-1]) if mark <= smallest), default=0)
+        beyond = (i for i, mark in enumerate(marks) if i > first and mark >= largest)
+        last = next(beyond, len(marks) - 1)
+        self.low, self.span = math.log10(marks[first]), math.log10(marks[last] / marks[first])
+        shown = range(first, last + 1)
+        if len(shown) > TICKS:  # powers of ten, or some of them
+            shown = range(-(-first // 3) * 3, last + 1, 3 * math.ceil(len(shown) / 3 / TICKS))
+        self.ticks = [(f"{marks[i]:g}", self.position(marks[i])) for i in shown]
 
     def position(self, value: float) -> float:
         """Return where a value lies, in percent."""

@@ -27,7 +27,8 @@ ADVICE = {
     "predictions changed, fp32": "Leave this file out, or export to another format.",
     "difference of logits, fp32": "Leave this file out, export to another format, or accept the "
     "difference with a larger export.tolerance.",
-    "other logits in another batch": "Leave this file out, or use another version of its runtime.",
+    "difference of logits in another batch": "Leave this file out, or use another version of its "
+    "runtime.",
     "drop of top-1, int8": "Calibrate with more images (int8.samples=1000), fine-tune for int8 "
     "(callbacks=[quantization_aware]), leave int8 out, or accept more with int8.max_drop.",
     "same prediction, int8": "Calibrate with more images (int8.samples=1000), fine-tune for int8 "
@@ -109,13 +110,14 @@ def _cause(report: Report) -> Report | None:
     broken = next((row for row in rows if row["passed"] is False), None)
     if broken is None:
         return None
-    advice = next((a for begin, a in ADVICE.items() if str(broken["limits"]).startswith(begin)), "")
-    place = "block" if str(broken["limits"]).startswith("error of a block") else "where"
+    kind = str(broken["limits"])
+    place = "block" if kind.startswith("error of a block") else "where"
+    advice = next((a for begin, a in ADVICE.items() if kind.startswith(begin)), "")
     return {
         "facts": [
             ("value", broken["measured"], broken["limits"]),
             ("limit", broken["allowed"], broken["key"] or "fixed"),
-            (place, broken["where"], ""),
+            (place, words.form(broken["where"]), "the worst" if "files" in kind else ""),
         ],
         "advice": advice,
     }

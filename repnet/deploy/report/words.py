@@ -56,7 +56,7 @@ def points(value: Any, digits: int = 2) -> str:
 def scientific(value: Any, digits: int = 1) -> str:
     """Return a number with its power of ten, without the zeros of a C program."""
     text = "0" if value == 0 else number(value, f"{{:.{digits}e}}")
-    return text.replace(f"e{MINUS}0", f"e{MINUS}").replace("e+0", "e+")
+    return text.replace(".0e", "e").replace(f"e{MINUS}0", f"e{MINUS}").replace("e+0", "e+")
 
 
 def milliseconds(value: Any) -> str:
