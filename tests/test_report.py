@@ -29,8 +29,10 @@ from repnet.deploy import png
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.kernel_pictures import kernel_pictures, pictured_blocks
 from repnet.deploy.latency import measure_latency
+from repnet.deploy.limits import limits
 from repnet.deploy.report import SECTIONS, words, write_html
 from repnet.deploy.report.charts import NUMBERED
+from repnet.deploy.settings import Int8, Settings
 from repnet.deploy.where import REST, parts, where
 from repnet.equivalence import TOLERANCES
 from repnet.kernel import ConvKernel
@@ -57,7 +59,7 @@ def _complete() -> dict[str, Any]:
     evaluation = evaluate(model, folded, batches, torch.device("cpu"))
     logits = folded(images).detach()
     forms = {"train_form": model, "deploy_form": folded}
-    latency = measure_latency(forms, images[:1], runs=5, warmup=1)
+    latency: dict[str, Any] = dict(measure_latency(forms, images[:1], runs=5, warmup=1))
     blocks = [asdict(block) for block in fold.proof.blocks]
     names = [block["name"] for block in blocks]
     matrix = torch.zeros(10, 10, dtype=torch.int64)
@@ -77,9 +79,11 @@ def _complete() -> dict[str, Any]:
     ]
     top1 = evaluation.metrics["train_form"]["top1"]
     exports = [_export(*settings, top1=top1) for settings in EXPORTS]
+    latency = {name: asdict(found) for name, found in latency.items()}
+    latency["deploy_form"] |= {"speed_up": 1.5, "withheld": None}
     latency |= {f"{e['format']} {e['precision']}": e["latency"] for e in exports if e["latency"]}
     kept = names[:2]
-    return {
+    report = {
         "verified": True,
         "refusal": None,
         "exports": exports,
@@ -105,6 +109,7 @@ def _complete() -> dict[str, Any]:
         "warnings": ["stages.2.1: a running variance of 1e-12"],
         "cast_error": 1e-7,
         "max_relative_error": fold.proof.max_relative_error,
+        "rest_error": fold.proof.rest_error,
         "blocks": blocks,
         "tolerance": dict(zip(("block", "output"), TOLERANCES[torch.float64], strict=True)),
         "samples": evaluation.samples,
@@ -152,6 +157,10 @@ def _complete() -> dict[str, Any]:
         "wall_seconds": 12.3,
         "seconds": {"load": 0.4, "fold": 0.9, "evaluate": 6.5, "exports": 3.1, "latency": 1.2},
     }  # fmt: skip
+    asked: dict[str, list[str]] = {}
+    for format, precision, *_ in EXPORTS:
+        asked.setdefault(format, []).append(precision)
+    return report | {"limits": limits(report, Settings(exports=asked, int8=Int8(max_drop=0.06)))}
 
 
 EXPORTS = (
@@ -195,10 +204,20 @@ def _export(
         "top1": top1 - drop if ran else None,
         "drop": drop if ran else None,
         "logit_difference": {"bf16": 4e-3, "int8": 6e-2}.get(precision, 6.1e-7) if ran else None,
+        "batch_difference": 1e-7 if ran else None,
         "changed": changed if ran else None,
         "ties": min(changed, 1) if ran else None,
         "latency_ms": ms,
-        "latency": None if ms is None else {"median": ms, "p10": 0.93 * ms, "p90": 1.21 * ms},
+        "latency": None
+        if ms is None
+        else {
+            "median": ms,
+            "p10": 0.93 * ms,
+            "p90": 1.21 * ms,
+            "cores": 1.0,
+            "speed_up": 8.0 / ms,
+            "withheld": None,
+        },
     }
 
 
@@ -219,7 +238,7 @@ def test_a_complete_report_has_every_section(tmp_path: Path) -> None:
     text = page(complete(), tmp_path)
     assert sections(text) == [name for name, *_ in SECTIONS]
     assert "Verified" in text
-    assert "<b>120</b>" in text
+    assert "Folded model: 120 of 120 unchanged." in text
     for export in complete()["exports"]:
         assert export["file"] in text
         assert html.escape(export["reason"] or "") in text
@@ -248,7 +267,8 @@ def test_what_is_missing_is_left_out(key: str, value: str | None, tmp_path: Path
     text = page(report, tmp_path)
     whole = [name for name, *_ in SECTIONS]
     gone = {"blocks": "errors", "metrics": "", "where": "", "samples": "", "exports": "exports",
-            "int8": "int8", "kernels": "kernels", "confusion": "confusion", "closest": "closest",
+            "limits": "limits", "int8": "int8", "kernels": "kernels", "confusion": "confusion",
+            "closest": "closest",
             "warnings": "warnings", "fold": "fold", "provenance": "provenance"}  # fmt: skip
     assert sections(text) == [name for name in whole if name != gone.get(key)]
 
@@ -698,7 +718,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 # Frames, because a page has the width of its frame, and a script outside needs none within.
 FRAMES = """<!doctype html><meta name="color-scheme" content="light dark"><body>{frames}
 <pre id="found"></pre><script>addEventListener("load", () => {{
-const found = [];
+const found = [], range = document.createRange();
 for (const frame of document.querySelectorAll("iframe")) {{
   const page = frame.contentDocument, root = page.documentElement;
   for (const details of page.querySelectorAll("details")) details.open = true;
@@ -708,12 +728,30 @@ for (const frame of document.querySelectorAll("iframe")) {{
     const box = element.getBoundingClientRect();
     if (box.right > frame.clientWidth + 0.5) cut.push(element.tagName + "." + element.className);
   }}
+  const texts = [], over = [], walker = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {{
+    const node = walker.currentNode, cropped = ".hidden, .name, .matrix th, style";
+    if (!node.data.trim() || node.parentElement.closest(cropped)) continue;
+    range.selectNodeContents(node);
+    for (const box of range.getClientRects()) texts.push([box, node]);
+  }}
+  texts.sort((a, b) => a[0].top - b[0].top);
+  texts.forEach(([a, node], index) => {{
+    for (const [b, other] of texts.slice(index + 1)) {{
+      if (b.top > a.bottom - 3) break;
+      if (node !== other && Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1)
+        over.push(node.data.trim().slice(0, 30) + " | " + other.data.trim().slice(0, 30));
+    }}
+  }});
+  const apart = [...page.querySelectorAll("figure.whole")].filter(figure =>
+    Math.abs(figure.getBoundingClientRect().top -
+             figure.previousElementSibling.getBoundingClientRect().top) > 2).length;
   const image = [...page.images].filter(image => !image.naturalWidth).length;
   const style = page.defaultView.getComputedStyle(page.body);
   const colors = [style.backgroundColor, style.color];
   const spoiled = page.defaultView.spoiled === true;
   found.push({{name: frame.title, width: frame.clientWidth, wide, cut, image, colors, spoiled,
-    sections: page.querySelectorAll("section").length}});
+    over, apart, sections: page.querySelectorAll("section").length}});
 }}
 document.getElementById("found").textContent = JSON.stringify(found);
 }});</script>"""
@@ -778,6 +816,8 @@ def test_nothing_is_wider_than_the_screen(tmp_path: Path) -> None:
     pages = {name: page(report, tmp_path) for name, report in reports.items()}
     for found in browse(pages, tmp_path, widths=(360, 390, 1280)):
         assert found["cut"] == [], found["name"]
+        assert found["over"] == [], found["name"]
+        assert found["apart"] == 0, found["name"]  # the resulting kernel from its "="
         assert found["wide"] <= found["width"], found["name"]
         assert found["image"] == 0
         assert found["sections"] == len(sections(pages[found["name"]]))
