@@ -161,9 +161,9 @@ def _table(predictions: Sequence[Prediction], folder: str, width: int) -> Table:
     table.add_column("image", no_wrap=True, min_width=longest)
     table.add_column("class")
     table.add_column("probability", justify="right", no_wrap=True)
-    best = max(cell_len(prediction.scores[0].name) for prediction in predictions)
+    widest = max(cell_len(prediction.scores[0].name) for prediction in predictions)
     # The other classes are left out rather than the names of files broken.
-    rest = longest + best + 44 <= width
+    rest = longest + widest + 44 <= width
     if rest:
         table.add_column("next")
     for name, prediction in zip(names, predictions, strict=True):

@@ -101,12 +101,15 @@ def form(name: Any) -> str:
     return f"{FORMATS[kind]} {precision}".strip() if kind in FORMATS else text.replace("_", " ")
 
 
-def short(value: Any, digits: int = 4) -> str:
-    """Return a count in few characters, for the cells of a matrix."""
+def short(value: Any) -> str:
+    """Return a count in at most four characters, for the cells of a matrix."""
     known = finite(value)
-    if known is None or abs(known) < 10**digits:
+    if known is None or abs(known) < 1e4:
         return number(value, "{:.0f}")
-    return amount(known).replace(" ", "")
+    unit, size = next(
+        ((u, s) for u, s in (("k", 1e3), ("M", 1e6)) if known < 999.5 * s), ("G", 1e9)
+    )
+    return f"{known / size:.0f}{unit}"
 
 
 FILTERS = {
