@@ -23,6 +23,7 @@ from repnet.deploy.evaluation import evaluate
 from repnet.deploy.pipeline import Settings, VerificationError, deploy
 from repnet.errors import InputError
 from repnet.files import write_text
+from repnet.hub import write_model_card
 from tests.commands import ROOT, environment, run
 from tests.kills import KILLED, killed
 
@@ -242,7 +243,27 @@ def test_a_wrong_kernel_is_refused_and_its_block_named(checkpoint: Path, tmp_pat
     report = json.loads((directory / "report.json").read_text())
     assert report["verified"] is False
     assert "'stages.0.0.conv'" in report["refusal"]
-    assert "Not deployed" in (directory / "report.html").read_text()
+    broken = report["limits"][0]
+    assert (broken["value"], broken["where"]) == (1e-9, "stages.0.0.conv")
+    assert broken["passed"] is False
+    assert broken["measured"] > 1e-9
+    head = (directory / "report.html").read_text().partition("<main>")[0]
+    assert "Not deployed" in head
+    assert "What to try." in head
+    assert "<b>stages.0.0.conv</b>" in head
+
+
+def test_a_busy_machine_has_no_speed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repnet.deploy.latency.time.process_time", lambda: 0.0)
+    report = deploy(checkpoint, tmp_path / "out", Settings(latency_runs=10))
+    found = report["latency"]["forms"]["deploy_form"]
+    assert found["speed_up"] is None
+    assert found["withheld"].startswith("PyTorch had 0.00 of a core")
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "Speeds are not compared: PyTorch had" in (tmp_path / "out/report.html").read_text()
+    assert "Latency is not given" in write_model_card(tmp_path / "out").read_text()
 
 
 def test_a_change_after_the_proof_is_refused(

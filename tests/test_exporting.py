@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,16 @@ def test_all_that_is_shipped_was_run_on_every_sample(deployed: Path) -> None:
         assert report["latency"]["forms"][name]["median"] == entry["latency_ms"]
     assert entries["onnx", "fp32"]["agreement"] == 1
     assert entries["openvino", "fp32"]["agreement"] == 1
+    held = {limit["key"]: limit for limit in report["limits"] if limit["key"]}
+    assert held.keys() == {"deploy.allow_norms", *Settings().limits}
+    assert all(limit["passed"] for limit in report["limits"])
+    drops = {f"{format} {kind}": entry["drop"] for (format, kind), entry in entries.items()}
+    worst = held["int8.max_drop"]
+    assert worst["measured"] == drops[worst["where"]]
+    assert worst["measured"] == max(drops["onnx int8"], drops["openvino int8"])
+    loosened = {key for key, limit in held.items() if limit["loosened"]}
+    assert loosened == {"int8.max_drop", "export.max_drop", "export.min_agreement"}
+    assert "int8.max_drop=0.05 instead of 0.01" in (deployed / "report.html").read_text()
     described = json.loads((deployed / "model.json").read_text())
     written = {path.relative_to(deployed).as_posix() for path in deployed.rglob("*")}
     assert written == {"model.json", "report.json", "report.html", *described["hashes"]}
@@ -182,6 +193,29 @@ def test_a_file_that_is_wrong_for_another_batch_size_is_refused(
     )
     with pytest.raises(VerificationError, match=f"openvino {precision}: .* where it comes {how}"):
         deploy(checkpoint, tmp_path / "out", settings)
+
+
+def test_what_a_runtime_prints_stays_out(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    load = Onnx.load
+
+    def talkative(self: Onnx, *arguments: Any, **options: Any) -> Any:
+        os.write(2, b"[runtime.cpp:1] reading a file\n")
+        run = load(self, *arguments, **options)
+
+        def runner(images: Tensor) -> Tensor:
+            os.write(1, b"[runtime.cpp:2] running\n")
+            return run(images)
+
+        return runner
+
+    monkeypatch.setattr(Onnx, "load", talkative)
+    deploy(checkpoint, tmp_path / "out", Settings(exports={"onnx": ["fp32"]}, latency_runs=1))
+    assert "runtime.cpp" not in "".join(capfd.readouterr())
 
 
 def test_one_export_that_cannot_be_made_does_not_stop_the_others(

@@ -38,7 +38,7 @@ REPORT = {
     "agreement": 1.0,
     "max_relative_error": 3e-16,
     "metrics": {"train_form": {"top1": 0.9125}, "deploy_form": {"top1": 0.9125}},
-    "latency_ms": {"train_form": 4.5, "deploy_form": 2.5},
+    "latency_ms": {"train_form": 4.5, "deploy_form": 2.5, "torch_export fp32": 1.25},
     "provenance": {
         "checkpoint": "/home/somebody/secret/best.ckpt",
         "checkpoint_sha256": "ab" * 32,
@@ -133,6 +133,37 @@ def test_the_card_says_what_files_need_and_where_they_were_timed(artefact: Path)
     assert "file='model.pt2', trust=['native'])\n" in body
     assert "file='model.onnx')  # uint8 images\n" in body
     assert "Latency: 8 images, GPU; files on the CPU: CPU. Drop" in body
+
+
+def test_the_card_gives_no_latency_that_cannot_be_compared(artefact: Path) -> None:
+    report = json.loads((artefact / "report.json").read_text())
+    forms = {"train_form": None, "deploy_form": None, "torch_export fp32": "too noisy"}
+    report["latency"] = {"forms": {name: {"withheld": reason} for name, reason in forms.items()}}
+    (artefact / "report.json").write_text(json.dumps(report))
+    body = write_model_card(artefact).read_text()
+    assert "where it cannot be compared: torch.export fp32: too noisy." in body
+    assert "| 2.5 |" in body
+    assert "| 99.80% |  | 2.5 |" in body  # megabytes
+    report["latency"]["forms"]["deploy_form"]["withheld"] = "too noisy"
+    (artefact / "report.json").write_text(json.dumps(report))
+    body = write_model_card(artefact).read_text()
+    assert "where it cannot be compared: too noisy." in body
+    assert "| 4.5 |" not in body
+
+
+def test_the_card_claims_what_the_report_does(artefact: Path) -> None:
+    report = json.loads((artefact / "report.json").read_text())
+    report["blocks"] = [{"name": "a", "relative_error": e} for e in (3e-16, 9.8e-16, 1e-16)]
+    report["exports"][0]["changed"] = 7
+    report["limits"] = [
+        {"key": "int8.max_drop", "value": 0.05, "default": 0.01, "loosened": True},
+        {"key": "deploy.tolerance", "value": 1e-3, "default": 1e-3, "loosened": False},
+    ]
+    (artefact / "report.json").write_text(json.dumps(report))
+    body = write_model_card(artefact).read_text()
+    assert "Folded model: 1,234 of 1,234 unchanged. 1 file: 7 changed." in body
+    assert "| largest error of a block, float64 | 9.8e-16 |" in body
+    assert "| loosened limits | int8.max_drop=0.05 instead of 0.01 |" in body
 
 
 def test_the_card_is_one_that_the_hub_reads(artefact: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,9 +42,9 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs the command in this process: exit code, output, errors."""
 
-    def command(*arguments: object) -> tuple[int, str, str]:
+    def command(*arguments: object, columns: int = 160) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("COLUMNS", str(columns))
         code = 0
         try:
             main()
@@ -262,6 +265,47 @@ def test_the_command_shows_many_images_in_rows(artefact: Path, folder: Path, run
     names = ["color.jpg", "transparent.WEBP", "gray.png", "palette.png"]
     assert [output.index(name) for name in names] == sorted(output.index(name) for name in names)
     assert ".hidden" not in output
+
+
+@pytest.mark.parametrize(
+    "place", [["val"], ["val/a"], ["val", "train"], ["val/a/gray.png", "train"]]
+)
+def test_names_are_relative_to_the_folder(
+    artefact: Path, folder: Path, run: Run, place: list[str]
+) -> None:
+    places = [folder / name for name in place]
+    code, output, errors = run(artefact, *places, columns=80)
+    assert code == 0, errors
+    base = places[0] if len(places) == 1 else folder
+    for path in find_images(places):
+        assert f"│ {path.relative_to(base)} " in output
+    assert str(folder) not in output
+    assert max(map(len, output.splitlines()[:-1])) <= 80
+
+
+def test_a_long_name_is_not_broken(artefact: Path, folder: Path, tmp_path: Path, run: Run) -> None:
+    for name in ("one", "two"):
+        shutil.copy(folder / "val" / "a" / "gray.png", tmp_path / f"{name}{'_long' * 9}.png")
+    code, output, errors = run(artefact, tmp_path, columns=80)
+    assert code == 0, errors
+    assert f"one{'_long' * 9}.png" in output
+    assert "next" not in output
+    assert max(map(len, output.splitlines()[:-1])) <= 80
+
+
+def test_what_a_runtime_prints_stays_out(
+    artefact: Path, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classify = Predictor.classify
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        os.write(2, b"[runtime.cpp:1] running\n")
+        return classify(*arguments, **options)
+
+    monkeypatch.setattr(Predictor, "classify", talkative)
+    code, output, errors = run(artefact, folder)
+    assert code == 0
+    assert "runtime.cpp" not in output + errors
 
 
 def test_json_and_csv_hold_the_same(artefact: Path, folder: Path, tmp_path: Path, run: Run) -> None:

@@ -29,8 +29,11 @@ from repnet.deploy import png
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.kernel_pictures import kernel_pictures, pictured_blocks
 from repnet.deploy.latency import measure_latency
+from repnet.deploy.limits import limits
 from repnet.deploy.report import SECTIONS, words, write_html
 from repnet.deploy.report.charts import NUMBERED
+from repnet.deploy.report.forms import _Axis
+from repnet.deploy.settings import Int8, Settings
 from repnet.deploy.where import REST, parts, where
 from repnet.equivalence import TOLERANCES
 from repnet.kernel import ConvKernel
@@ -57,7 +60,7 @@ def _complete() -> dict[str, Any]:
     evaluation = evaluate(model, folded, batches, torch.device("cpu"))
     logits = folded(images).detach()
     forms = {"train_form": model, "deploy_form": folded}
-    latency = measure_latency(forms, images[:1], runs=5, warmup=1)
+    latency: dict[str, Any] = dict(measure_latency(forms, images[:1], runs=5, warmup=1))
     blocks = [asdict(block) for block in fold.proof.blocks]
     names = [block["name"] for block in blocks]
     matrix = torch.zeros(10, 10, dtype=torch.int64)
@@ -77,9 +80,11 @@ def _complete() -> dict[str, Any]:
     ]
     top1 = evaluation.metrics["train_form"]["top1"]
     exports = [_export(*settings, top1=top1) for settings in EXPORTS]
+    latency = {name: asdict(found) for name, found in latency.items()}
+    latency["deploy_form"] |= {"speed_up": 1.5, "withheld": None}
     latency |= {f"{e['format']} {e['precision']}": e["latency"] for e in exports if e["latency"]}
     kept = names[:2]
-    return {
+    report = {
         "verified": True,
         "refusal": None,
         "exports": exports,
@@ -105,6 +110,7 @@ def _complete() -> dict[str, Any]:
         "warnings": ["stages.2.1: a running variance of 1e-12"],
         "cast_error": 1e-7,
         "max_relative_error": fold.proof.max_relative_error,
+        "rest_error": fold.proof.rest_error,
         "blocks": blocks,
         "tolerance": dict(zip(("block", "output"), TOLERANCES[torch.float64], strict=True)),
         "samples": evaluation.samples,
@@ -152,6 +158,10 @@ def _complete() -> dict[str, Any]:
         "wall_seconds": 12.3,
         "seconds": {"load": 0.4, "fold": 0.9, "evaluate": 6.5, "exports": 3.1, "latency": 1.2},
     }  # fmt: skip
+    asked: dict[str, list[str]] = {}
+    for format, precision, *_ in EXPORTS:
+        asked.setdefault(format, []).append(precision)
+    return report | {"limits": limits(report, Settings(exports=asked, int8=Int8(max_drop=0.06)))}
 
 
 EXPORTS = (
@@ -175,7 +185,7 @@ def _export(
     """Return an invented entry of `exports`."""
     ran, verified = ms is not None, status == "verified"
     drop = {"bf16": 0.0005, "int8": 0.004 if verified else 0.051}.get(precision, 0.0)
-    changed = {"bf16": 3, "int8": 9 if verified else 31}.get(precision, 0)
+    changed = {"bf16": 2, "int8": 9 if verified else 31}.get(precision, 0)
     files = [file, file.replace(".xml", ".bin")] if file.endswith(".xml") else [file]
     return {
         "format": format,
@@ -195,10 +205,20 @@ def _export(
         "top1": top1 - drop if ran else None,
         "drop": drop if ran else None,
         "logit_difference": {"bf16": 4e-3, "int8": 6e-2}.get(precision, 6.1e-7) if ran else None,
+        "batch_difference": 1e-7 if ran else None,
         "changed": changed if ran else None,
         "ties": min(changed, 1) if ran else None,
         "latency_ms": ms,
-        "latency": None if ms is None else {"median": ms, "p10": 0.93 * ms, "p90": 1.21 * ms},
+        "latency": None
+        if ms is None
+        else {
+            "median": ms,
+            "p10": 0.93 * ms,
+            "p90": 1.21 * ms,
+            "cores": 1.0,
+            "speed_up": 8.0 / ms,
+            "withheld": None,
+        },
     }
 
 
@@ -219,7 +239,7 @@ def test_a_complete_report_has_every_section(tmp_path: Path) -> None:
     text = page(complete(), tmp_path)
     assert sections(text) == [name for name, *_ in SECTIONS]
     assert "Verified" in text
-    assert "<b>120</b>" in text
+    assert "Folded model: 120 of 120 unchanged." in text
     for export in complete()["exports"]:
         assert export["file"] in text
         assert html.escape(export["reason"] or "") in text
@@ -248,7 +268,8 @@ def test_what_is_missing_is_left_out(key: str, value: str | None, tmp_path: Path
     text = page(report, tmp_path)
     whole = [name for name, *_ in SECTIONS]
     gone = {"blocks": "errors", "metrics": "", "where": "", "samples": "", "exports": "exports",
-            "int8": "int8", "kernels": "kernels", "confusion": "confusion", "closest": "closest",
+            "limits": "limits", "int8": "int8", "kernels": "kernels", "confusion": "confusion",
+            "closest": "closest",
             "warnings": "warnings", "fold": "fold", "provenance": "provenance"}  # fmt: skip
     assert sections(text) == [name for name in whole if name != gone.get(key)]
 
@@ -433,7 +454,9 @@ def test_forms_that_were_timed_elsewhere_are_named(tmp_path: Path) -> None:
         (words.count, True, words.MISSING),
         (words.form, "openvino bf16", "OpenVINO bf16"),
         (words.form, "train_form", "train form"),
-        (words.short, 12_345, "12.3k"),
+        (words.short, 9_999, "9999"),
+        (words.short, 12_345, "12k"),
+        (words.short, 999_700, "1M"),
     ],
 )
 def test_numbers_are_written_for_people(
@@ -698,7 +721,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 # Frames, because a page has the width of its frame, and a script outside needs none within.
 FRAMES = """<!doctype html><meta name="color-scheme" content="light dark"><body>{frames}
 <pre id="found"></pre><script>addEventListener("load", () => {{
-const found = [];
+const found = [], range = document.createRange();
 for (const frame of document.querySelectorAll("iframe")) {{
   const page = frame.contentDocument, root = page.documentElement;
   for (const details of page.querySelectorAll("details")) details.open = true;
@@ -708,12 +731,36 @@ for (const frame of document.querySelectorAll("iframe")) {{
     const box = element.getBoundingClientRect();
     if (box.right > frame.clientWidth + 0.5) cut.push(element.tagName + "." + element.className);
   }}
+  const texts = [], over = [], walker = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {{
+    const node = walker.currentNode, cropped = ".hidden, .name, .matrix th, style";
+    if (!node.data.trim() || node.parentElement.closest(cropped)) continue;
+    range.selectNodeContents(node);
+    for (const box of range.getClientRects()) texts.push([box, node]);
+  }}
+  texts.sort((a, b) => a[0].top - b[0].top);
+  texts.forEach(([a, node], index) => {{
+    for (const [b, other] of texts.slice(index + 1)) {{
+      if (b.top > a.bottom - 3) break;
+      if (node !== other && Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1)
+        over.push(node.data.trim().slice(0, 30) + " | " + other.data.trim().slice(0, 30));
+    }}
+  }});
+  const styled = element => page.defaultView.getComputedStyle(element);
+  const whiskers = [...page.querySelectorAll(".whisker")].map(line =>
+    [styled(line).borderTopColor, styled(line.parentElement).backgroundColor]);
+  const cell = page.querySelector(".matrix td")?.getBoundingClientRect();
+  const matrix = cell && [cell.width, cell.height,
+    page.querySelector(".matrix thead").getBoundingClientRect().height];
+  const apart = [...page.querySelectorAll("figure.whole")].filter(figure =>
+    Math.abs(figure.getBoundingClientRect().top -
+             figure.previousElementSibling.getBoundingClientRect().top) > 2).length;
   const image = [...page.images].filter(image => !image.naturalWidth).length;
   const style = page.defaultView.getComputedStyle(page.body);
   const colors = [style.backgroundColor, style.color];
   const spoiled = page.defaultView.spoiled === true;
   found.push({{name: frame.title, width: frame.clientWidth, wide, cut, image, colors, spoiled,
-    sections: page.querySelectorAll("section").length}});
+    over, apart, whiskers, matrix, sections: page.querySelectorAll("section").length}});
 }}
 document.getElementById("found").textContent = JSON.stringify(found);
 }});</script>"""
@@ -748,13 +795,16 @@ def browse(
 
 def refused() -> dict[str, Any]:
     report = complete()
-    keep = ("exports", "provenance", "blocks", "tolerance", "max_relative_error", "fold")
+    keep = ("exports", "provenance", "blocks", "tolerance", "max_relative_error", "rest_error")
     reason = "block 'stages.0.0.conv' differs from its original: relative error 3.1e-05"
-    return {key: report[key] for key in keep} | {
+    (block,) = [block for block in report["blocks"] if block["name"] == "stages.0.0.conv"]
+    block["relative_error"] = 3.1e-5
+    short = {key: report[key] for key in keep} | {
         "verified": False,
         "refusal": reason,
         "exports": [],
     }
+    return short | {"limits": limits(short, Settings())}
 
 
 def long_names() -> dict[str, Any]:
@@ -778,6 +828,8 @@ def test_nothing_is_wider_than_the_screen(tmp_path: Path) -> None:
     pages = {name: page(report, tmp_path) for name, report in reports.items()}
     for found in browse(pages, tmp_path, widths=(360, 390, 1280)):
         assert found["cut"] == [], found["name"]
+        assert found["over"] == [], found["name"]
+        assert found["apart"] == 0, found["name"]  # the resulting kernel from its "="
         assert found["wide"] <= found["width"], found["name"]
         assert found["image"] == 0
         assert found["sections"] == len(sections(pages[found["name"]]))
@@ -833,3 +885,152 @@ def test_every_pair_of_colors_is_readable() -> None:
 def _rgb(color: str) -> str:
     digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
     return " ".join(str(int(digits[i : i + 2], 16)) for i in (0, 2, 4))
+
+
+def test_the_title_names_model_date_and_checkpoint(tmp_path: Path) -> None:
+    named = "repvgg on FashionMNIST · 2026-11-22 · 2026-11-20/checkpoints/best.ckpt"
+    model = {"_target_": "repnet.models.repvgg"}
+    for report in (complete(), refused()):
+        report["provenance"]["model"] = model
+        text = page(report, tmp_path)
+        stamp = "Verified" if report["verified"] else "Not deployed"
+        assert f"<title>{stamp}: {named} · repnet</title>" in text
+        assert f"<span>{named}</span>" in text
+
+
+def test_a_refused_page_begins_with_the_cause(tmp_path: Path) -> None:
+    head, _, body = page(refused(), tmp_path).partition("<main>")
+    words_of = re.sub(r"<[^>]+>", " ", head.partition("<h1>")[2])
+    text = " ".join(words_of.split())
+    assert text.startswith(
+        "Not deployed block &#39;stages.0.0.conv&#39; differs from its original: relative error "
+        "3.1e-05 value 3.1e\N{MINUS SIGN}5 error of a block, float64 limit at most "
+        "1e\N{MINUS SIGN}9 fixed block stages.0.0.conv What to try. If the block is a class"
+    )
+    assert "top-1" not in head
+    assert "unchanged" not in head
+    assert '<span class="chip refused">failed</span>' in body
+
+
+def test_a_refused_file_has_its_limit_and_what_to_try(tmp_path: Path) -> None:
+    report = complete() | {"verified": False, "refusal": "onnx int8: it answers differently"}
+    head = page(report, tmp_path).partition("<main>")[0]
+    for text in ("74.17%", "at least 90.00%", "int8.min_agreement", "ONNX int8",
+                 "int8.samples=1000"):  # fmt: skip
+        assert text in head
+
+
+@pytest.mark.parametrize("broken", complete()["limits"], ids=lambda limit: limit["limits"])
+def test_there_is_advice_for_every_limit(broken: dict[str, Any], tmp_path: Path) -> None:
+    report = complete() | {"verified": False}
+    for limit in report["limits"]:
+        limit["passed"] = limit["limits"] != broken["limits"]
+    assert "What to try." in page(report, tmp_path)
+
+
+def row_of(text: str, name: str) -> str:
+    """Return the row of a form in the table of all forms."""
+    (row,) = re.findall(rf'<tr role="row"[^>]*><th[^>]*><b>{re.escape(name)}</b>.*?</tr>', text,
+                        re.DOTALL)  # fmt: skip
+    return str(row)
+
+
+def test_each_form_has_one_row(tmp_path: Path) -> None:
+    text = page(complete(), tmp_path)
+    for name in ("train form", "deploy form", "ONNX fp32", "OpenVINO int8"):
+        assert len(re.findall(rf'<th scope="row"[^>]*>\W*(?:<b>)?{name}\b', text)) == (
+            2 if name == "OpenVINO int8" else 1  # it differs: a closer look
+        )
+    row = row_of(text, "OpenVINO int8")
+    for value in ("model_int8.xml", "verified", "7.06 MB", "1.20 ms", "6.67", "takes uint8"):
+        assert value in row
+
+
+def test_what_agrees_is_one_line_and_what_differs_is_shown(tmp_path: Path) -> None:
+    text = page(complete(), tmp_path).partition('id="agreement"')[2].partition("</section>")[0]
+    assert "4 forms predict the same for all 120 images</summary>" in text
+    assert "<p>deploy form, ONNX fp32, OpenVINO fp32, torch.export fp32</p>" in text
+    shown = re.findall(r'<th scope="row">([^<]+)</th>', text)
+    assert shown == ["ONNX int8", "OpenVINO bf16", "OpenVINO int8"]
+    widths = [float(width) for width in re.findall(r'"other" style="width:([\d.]+)%', text)]
+    assert max(widths) > 90  # of what differs most, not of all images
+    assert min(widths) > 1
+
+
+def headings(text: str) -> list[str]:
+    table = text.partition('<table class="files')[2].partition("</thead>")[0]
+    return re.findall(r'<th scope="col"[^>]*>([^<\n]*)', table)
+
+
+def test_columns_that_say_nothing_are_dropped(tmp_path: Path) -> None:
+    assert headings(page(complete(), tmp_path)) == [
+        "form", "status", "top-1", "change", "changed", "ties", "logits differ by", "size", "",
+        "median", "speed",
+    ]  # fmt: skip
+    report = complete() | {"exports": []}
+    report["latency"]["forms"] = {
+        name: report["latency"]["forms"][name] for name in ("train_form", "deploy_form")
+    }
+    assert headings(page(report, tmp_path)) == [
+        "form", "top-1", "changed", "logits differ by", "", "median", "speed",
+    ]  # fmt: skip
+    del report["latency"]
+    assert headings(page(report, tmp_path)) == ["form", "top-1", "changed", "logits differ by"]
+
+
+def test_times_lie_on_a_logarithmic_axis_with_its_unit(tmp_path: Path) -> None:
+    report = complete()
+    for name, median in (("train_form", 100.0), ("deploy_form", 10.0), ("onnx fp32", 1.0)):
+        report["latency"]["forms"][name] |= {"median": median, "p10": median, "p90": median}
+    text = page(report, tmp_path)
+    assert '<span class="unit">milliseconds, logarithmic</span>' in text
+    places = [
+        float(re.findall(r'class="dot \w+" style="left:([\d.]+)%', row_of(text, name))[0])
+        for name in ("train form", "deploy form", "ONNX fp32")
+    ]
+    assert places[0] - places[1] == pytest.approx(places[1] - places[2], abs=0.02)
+    assert places[0] == 100
+    (axis,) = re.findall(r'class="unit">.*?</span>\s*<span class="axis.*?</th>', text, re.DOTALL)
+    assert re.findall(r">(\d[^<]*)</span>", axis)[-1] == "100"
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.48, 7.0], ["0.2", "0.5", "1", "2", "5", "10"]),
+        ([1.0, 1.0], ["1", "2"]),
+        ([0.9e-3, 3000.0], ["0.001", "0.1", "10", "1000"]),
+        ([], ["1", "2"]),
+    ],
+)
+def test_an_axis_has_few_round_numbers(values: list[float], ticks: list[str]) -> None:
+    axis = _Axis(values)
+    assert [text for text, _ in axis.ticks] == ticks
+    assert all(0 <= axis.position(value) <= 100 for value in (*values, 0.0, -1.0, 1e300))
+
+
+@browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_whiskers_are_seen(dark: bool, tmp_path: Path) -> None:
+    (found,) = browse({"page": page(complete(), tmp_path)}, tmp_path, widths=(1280,), dark=dark)
+    assert len(found["whiskers"]) > 5
+    for line, track in found["whiskers"]:
+        low, high = sorted(luminance(color) for color in (line, track))
+        assert (high + 0.05) / (low + 0.05) > 7
+
+
+@browser
+def test_a_small_confusion_matrix_uses_its_space(tmp_path: Path) -> None:
+    matrices = {n: (numpy.eye(n, dtype=int) * 9).tolist() for n in (2, 10)}
+    pages = {
+        str(n): page(
+            complete() | {"confusion": {"class_names": list("abcdefghij")[:n], "matrix": matrix}},
+            tmp_path,
+        )
+        for n, matrix in matrices.items()
+    }
+    for found in browse(pages, tmp_path, widths=(1280,)):
+        width, height, head = found["matrix"]
+        assert head < 40  # no room for names that need none
+        assert (height > 70) == (found["name"] == "2")
+        assert width >= 40

@@ -53,7 +53,8 @@ def _run(arguments: argparse.Namespace) -> bool:
         write_markdown,
         write_results,
     )
-    from repnet.bench.worker import cores, silence_torch
+    from repnet.bench.worker import cores
+    from repnet.deploy.native_output import native_output_hidden, silence_torch
 
     silence_torch()
     names = check_names(arguments.forms.split(",") if arguments.forms else [])
@@ -79,7 +80,11 @@ def _run(arguments: argparse.Namespace) -> bool:
         if taken[subject.name] > 1:  # two runs may have directories of the same name
             subject.name = text
     # Nothing moves while something is timed.
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+    console = Console(stderr=True)
+    with (
+        native_output_hidden(),
+        Live(console=console, auto_refresh=False, transient=True) as live,
+    ):
         show = partial(live.update, refresh=True)
         for subject in subjects:
             rows += benchmark(subject, names, options, show, timm=arguments.timm)

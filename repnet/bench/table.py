@@ -18,12 +18,12 @@ from rich.table import Table
 
 from repnet.bench.environment import sentence
 from repnet.bench.measure import TIMED, Row
+from repnet.deploy.latency import busy
 from repnet.errors import InputError
 from repnet.files import write_json, write_text
 
 FORMAT = "repnet-bench"
 VERSION = 1
-BUSY = 0.75  # of a core that eager PyTorch should have for itself
 _SPARE = (
     "p95",
     "cores",
@@ -219,11 +219,8 @@ def _split(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 def _warnings(result: Result) -> Iterator[str]:
     cores = [row.cores for row in result.rows if row.form in ("train", "deploy") and row.cores]
-    if result.environment["threads"] and cores and min(cores) < BUSY:
-        yield (
-            f"PyTorch had {min(cores):.2f} of a core: something else keeps this machine busy, and "
-            "the numbers are too high"
-        )
+    if result.environment["threads"] and (reason := busy(cores)):
+        yield f"{reason}, and the numbers are too high"
 
 
 def _line(cells: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import multiprocessing
 import os
 import re
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from repnet.bench.recipe import Recipe, reason_of
 from repnet.deploy.formats import format_named
 from repnet.deploy.latency import time_passes
+from repnet.deploy.native_output import silence_torch
 
 WARMUP = 10  # passes, or as many as fit into the seconds below, but not fewer than 3
 WARMUP_SECONDS = 2.0
@@ -226,11 +226,6 @@ def _memory(key: str) -> int:
     status = Path("/proc/self/status")
     found = re.search(rf"^{key}:\s+(\d+) kB", status.read_text() if status.exists() else "", re.M)
     return int(found[1]) * 1024 if found else 0
-
-
-def silence_torch() -> None:
-    """Leave out that a PyTorch with CUDA compiles for the CPU of a machine without a GPU."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _pin(threads: int) -> None:

@@ -97,11 +97,14 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"[bold green]Verified[/]: {report['samples']:,} of {report['samples']:,} "
-        "predictions compared",
-        title_justify="left",
-    )
+    from repnet.deploy.report import claims
+
+    console = Console()
+    console.print("[bold green]Verified[/]")
+    print(*claims.headline(report), sep="\n")
+    if loosened := claims.loosened(report):
+        console.print(f"[bold yellow]Loosened limits:[/] {', '.join(loosened)}", highlight=False)
+    table = Table()
     table.add_column("")
     for column in ("train form", "deploy form", "ratio"):
         table.add_column(column, justify="right")
@@ -111,29 +114,26 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
         "multiply-adds": (report["macs"], "{:,}"),
         "latency, ms": (report["latency_ms"], "{:.3f}"),
     }
+    compared = report["latency"]["forms"]["deploy_form"]["speed_up"] is not None
     for name, (values, style) in rows.items():
         train, deployed = values["train_form"], values["deploy_form"]
-        ratio = "" if name == "top-1" else f"{deployed / train:.2f}"
+        known = name != "top-1" and (compared or name != "latency, ms")
+        ratio = f"{deployed / train:.2f}" if known else ""
         table.add_row(name, style.format(train), style.format(deployed), ratio)
-    console = Console()
     console.print(table)
-    same = round(report["agreement"] * report["samples"])
-    ties = len(report["changed"])
-    print(
-        f"predictions unchanged: {same:,} of {report['samples']:,}"
-        + (f" ({ties} ties within rounding error, listed in the report)" if ties else "")
-    )
     if left_out := report["unreadable"]:
         print(f"images that cannot be read, left out: {len(left_out):,} ('{left_out[0]}', ...)")
     print(
-        f"largest relative error in float64: {report['max_relative_error']:.1e} over "
-        f"{len(report['blocks'])} folded blocks"
+        f"largest error of {len(report['blocks'])} folded blocks in float64: "
+        f"{claims.largest_error(report):.1e}"
     )
     if report["exports"]:
         console.print(_exports(report))
         for export in report["exports"]:
             if export["status"] != "verified":
                 print(f"{export['file']} {export['status']}: {export['reason']}")
+    for reason in claims.withheld(report):
+        print(f"speeds are not compared: {reason}")
     if report["fold"]["left"]:
         print(f"batch norms left: {', '.join(report['fold']['left'])} (reasons in the report)")
     print(f"model and report: {directory}", flush=True)
@@ -143,20 +143,18 @@ def _exports(report: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="Exports, run in their own runtimes over the same images")
-    table.add_column("file", overflow="fold")  # the only one that may be narrower than its text
-    for column in ("precision", "status"):
-        table.add_column(column, no_wrap=True)
-    for column in ("top-1", "same\nprediction", "latency,\nms", "MB"):
+    table.add_column("file", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for column in ("top-1", "changed", "ms", "MB"):
         table.add_column(column, justify="right", no_wrap=True)
     colors = {"verified": "green", "skipped": "yellow", "failed": "red"}
     for export in report["exports"]:
         ran = export["verified"]
         table.add_row(
             export["file"],
-            export["precision"],
             f"[{colors[export['status']]}]{export['status']}[/]",
             f"{export['top1']:.2%}" if ran else "",
-            f"{export['agreement']:.2%}" if ran else "",
+            f"{export['changed']:,}" if ran else "",
             f"{export['latency_ms']:.3f}" if ran else "",
             f"{export['bytes'] / 1e6:.1f}" if ran else "",
         )

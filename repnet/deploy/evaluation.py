@@ -131,7 +131,7 @@ def evaluate(
         expected, actual = logits.argmax(1), folded.argmax(1)
         difference = (logits - folded).abs()
         evaluation.finite &= bool(logits.isfinite().all() and folded.isfinite().all())
-        evaluation.max_difference = max(evaluation.max_difference, difference.max().item())
+        evaluation.max_difference = larger(evaluation.max_difference, difference.max().item())
         evaluation.max_logit = max(evaluation.max_logit, logits.abs().max().item())
         differing = (expected != actual).nonzero().flatten()
         if len(differing):
@@ -151,6 +151,11 @@ def evaluate(
         evaluation.samples += len(images)
         evaluation.agreeing += len(images) - len(differing)
     return evaluation
+
+
+def larger(first: float, second: float) -> float:
+    """Return the larger of two; NaN wins, unlike in `max`."""
+    return first if first != first or first > second else second
 
 
 def _closest(evaluation: Evaluation, images: Tensor, logits: Tensor, labels: Tensor) -> list[Close]:

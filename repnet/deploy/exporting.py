@@ -18,6 +18,7 @@ from repnet.data import ImageDataModule
 from repnet.deploy.evaluation import Evaluation
 from repnet.deploy.formats import ExportError, Format, Runner, format_named
 from repnet.deploy.gate import Comparison, Gate, VerificationError
+from repnet.deploy.latency import Latency
 from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.settings import Settings
 from repnet.errors import InputError
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _PIXELS = 50_000_000  # values of a batch of images in their full size
 _OTHER_BATCHES = 32  # batches of which one image is run in a batch of another size as well
-_OTHER_BATCH_TOLERANCE = 0.1  # of the largest logit; exact files have `export.tolerance`
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Export:
         reason: why it is not verified.
         comparison: with the deploy form.
         runner: the file in its own runtime.
-        latency: milliseconds of a pass.
+        latency: of a pass.
     """
 
     format: Format
@@ -54,7 +54,7 @@ class Export:
     reason: str | None = None
     comparison: Comparison | None = None
     runner: Runner | None = None
-    latency: dict[str, float] | None = None
+    latency: Latency | None = None
 
     @property
     def name(self) -> str:
@@ -80,10 +80,11 @@ class Export:
             "top1": compared and compared.top1,
             "drop": compared and top1 - compared.top1,
             "logit_difference": compared and compared.difference,
+            "batch_difference": compared and compared.other_batch,
             "changed": compared and compared.samples - compared.agreeing,
             "ties": compared and compared.ties,
-            "latency_ms": self.latency and self.latency["median"],
-            "latency": self.latency,
+            "latency_ms": self.latency and self.latency.median,
+            "latency": self.latency and asdict(self.latency),
         }
 
 
@@ -206,19 +207,14 @@ class Exporting:
             VerificationError: its logits are not those that it had in its batch.
         """
         assert export.runner is not None
+        assert export.comparison is not None
         images, how = (
             (images[:1], "alone") if len(images) > 1 else (images.repeat(2, 1, 1, 1), "twice")
         )
         again = export.runner(images)
         if again.shape != (len(images), *logits.shape[1:]):
             raise VerificationError(f"it returns {tuple(again.shape)} for an image {how}")
-        difference = (again[0].float() - logits[0].float()).abs().max().item() / (self.scale or 1.0)
-        allowed = min(self._gate(export.precision).tolerance, _OTHER_BATCH_TOLERANCE)
-        if not difference <= allowed:  # NaN is refused, too
-            raise VerificationError(
-                f"the logits of an image differ by {difference:.1e} of the largest where it comes "
-                f"{how}, allowed {allowed:.0e}"
-            )
+        export.comparison.add_other_batch(again[0], logits[0], how)
 
     def _gate(self, precision: str) -> Gate:
         settings = self.settings

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repnet.deploy.evaluation import Evaluation
+from repnet.deploy.evaluation import Evaluation, larger
+
+OTHER_BATCH_TOLERANCE = 0.1  # of the largest logit; exact files have `export.tolerance`
 
 
 class VerificationError(RuntimeError):
@@ -43,6 +45,8 @@ class Comparison:
         ties: of the others, those whose two classes lie within the tolerance.
         correct: top-1 predictions.
         difference: largest difference of a logit, relative to `scale`.
+        other_batch: largest difference of a logit between an image in its batch and the same image
+            in a batch of another size, relative to `scale`.
         finite: whether every logit is a number.
     """
 
@@ -53,6 +57,7 @@ class Comparison:
     ties: int = 0
     correct: int = 0
     difference: float = 0.0
+    other_batch: float = 0.0
     finite: bool = True
 
     @property
@@ -76,7 +81,7 @@ class Comparison:
         actual = actual.float().cpu()
         self.finite &= bool(actual.isfinite().all())
         difference = (actual - expected).abs().max().item() / (self.scale or 1.0)
-        self.difference = max(self.difference, difference)
+        self.difference = larger(self.difference, difference)
         predicted, before = actual.argmax(1), expected.argmax(1)
         changed = predicted != before
         rows = torch.arange(len(expected))
@@ -86,6 +91,26 @@ class Comparison:
         self.agreeing += int((~changed).sum())
         self.correct += int((predicted == labels).sum())
         self.samples += len(labels)
+
+    def add_other_batch(self, again: Tensor, logits: Tensor, how: str) -> None:
+        """Compare the logits of an image that was run in a batch of another size.
+
+        Args:
+            again: `(classes,)` in that batch.
+            logits: `(classes,)` in its own.
+            how: the image came.
+
+        Raises:
+            VerificationError: they differ by more than is allowed.
+        """
+        difference = (again.float() - logits.float()).abs().max().item() / (self.scale or 1.0)
+        self.other_batch = larger(self.other_batch, difference)
+        allowed = min(self.gate.tolerance, OTHER_BATCH_TOLERANCE)
+        if not holds(difference, allowed):
+            raise VerificationError(
+                f"the logits of an image differ by {difference:.1e} of the largest where it comes "
+                f"{how}, allowed {allowed:.0e}"
+            )
 
     def refusal(self, expected_samples: int, top1: float) -> str | None:
         """Return why the file may not be shipped, None where it may.
@@ -103,22 +128,28 @@ class Comparison:
         changed = self.samples - self.agreeing
         if exact and changed > self.ties:
             return f"{changed - self.ties:,} of {self.samples:,} predictions changed"
-        if not self.difference <= gate.tolerance:
+        if not holds(self.difference, gate.tolerance):
             return (
                 f"its logits differ by {self.difference:.1e} of the largest, allowed "
                 f"{gate.tolerance:.0e}"
             )
-        if not exact and self.agreement < gate.min_agreement:
+        if not exact and not holds(self.agreement, gate.min_agreement, least=True):
             return (
                 f"{self.agreement:.2%} of its predictions are those of the deploy form, at least "
                 f"{gate.min_agreement:.2%} are wanted"
             )
-        if not exact and top1 - self.top1 > gate.max_drop + 1e-9:  # 0.9 - 0.89 is above 0.01
+        if not exact and not holds(top1 - self.top1, gate.max_drop):
             return (
                 f"its top-1 accuracy is {self.top1:.2%} instead of {top1:.2%}, a drop of more than "
                 f"{gate.max_drop:.2%}"
             )
         return None
+
+
+def holds(value: float, limit: float, *, least: bool = False) -> bool:
+    """Whether a value is at most the limit, or at least it; NaN never is."""
+    slack = 1e-12  # 0.9 - 0.89 is above 0.01
+    return value >= limit - slack if least else value <= limit + slack
 
 
 def judge(evaluation: Evaluation, tolerance: float) -> None:
@@ -143,7 +174,7 @@ def judge(evaluation: Evaluation, tolerance: float) -> None:
             f"{first.index}, class {first.train_form} -> {first.deploy_form}, where the train form "
             f"prefers its class by {first.margin:.2e} and rounding explains {first.rounding:.2e}"
         )
-    if not evaluation.relative_difference <= tolerance:
+    if not holds(evaluation.relative_difference, tolerance):
         raise VerificationError(
             f"the logits differ by {evaluation.relative_difference:.1e} of the largest, allowed "
             f"deploy.tolerance={tolerance:.0e}"

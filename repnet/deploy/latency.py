@@ -1,16 +1,43 @@
-"""How long a forward pass takes."""
+"""How long a forward pass takes, and when two such times may be compared."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 Turn = Callable[[int], list[float]]
+
+BUSY = 0.75  # of a core that PyTorch should have for itself
+FEWEST = 10  # rounds, below which their spread says nothing
+SPREAD = 2.0  # largest ratio of the 90th to the 10th percentile of a speed-up
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The times of one model, in milliseconds, and how they compare with those of the first.
+
+    Args:
+        median: of all passes.
+        p10: 10th percentile.
+        p90: 90th percentile.
+        cores: that the process kept busy during the passes, on average; None on a GPU.
+        speed_up: median of the first model over this one's; None for the first itself, and where
+            the two cannot be compared.
+        withheld: why they cannot.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    cores: float | None = None
+    speed_up: float | None = None
+    withheld: str | None = None
 
 
 @torch.inference_mode()
@@ -20,31 +47,79 @@ def measure_latency(
     *,
     runs: int = 50,
     warmup: int = 10,
-) -> dict[str, dict[str, float]]:
-    """Return milliseconds of one forward pass by name: `median`, `p10` and `p90`.
+    watched: Sequence[str] = (),
+) -> dict[str, Latency]:
+    """Return how long a forward pass of each model takes.
 
-    The models take turns, so that what else the machine does falls on all of them alike.
+    The models take turns, so that what else the machine does falls on all of them alike, and are
+    compared round by round.
 
     Args:
         models: take the batch; in evaluation mode, on the device of `example`.
         example: one batch.
         runs: timed passes of each model.
         warmup: passes of each model before.
+        watched: models in PyTorch, which have a core for themselves on a machine that is not busy.
     """
     calls = {name: partial(model, example) for name, model in models.items()}
-    turns: dict[str, Turn] = {
-        name: partial(time_passes, call, device=example.device) for name, call in calls.items()
-    }
+    cpu = dict.fromkeys(calls, 0.0)
+
+    def turn(name: str, passes: int) -> list[float]:
+        before = time.process_time()
+        times = time_passes(calls[name], passes, device=example.device)
+        cpu[name] += time.process_time() - before
+        return times
+
+    turns: dict[str, Turn] = {name: partial(turn, name) for name in calls}
     take_turns(turns, dict.fromkeys(turns, [1] * warmup))
-    times = take_turns(turns, dict.fromkeys(turns, [1] * runs))
-    return {
-        name: {
-            "median": percentile(values, 50),
-            "p10": percentile(values, 10),
-            "p90": percentile(values, 90),
-        }
-        for name, values in times.items()
-    }
+    cpu = dict.fromkeys(calls, 0.0)
+    times = take_turns(turns, dict.fromkeys(turns, [1] * runs), rotate=True)
+    on_cpu = example.device.type == "cpu"
+    cores = {name: cpu[name] / sum(times[name]) * 1e3 for name in calls} if on_cpu else {}
+    reason = busy([cores[name] for name in watched if name in cores])
+    first = next(iter(times.values()))
+    found = {}
+    for name, values in times.items():
+        compared = values is not first
+        withheld = (compared and (reason or unlike(first, values))) or None
+        ratio = percentile(first, 50) / percentile(values, 50)
+        found[name] = Latency(
+            median=percentile(values, 50),
+            p10=percentile(values, 10),
+            p90=percentile(values, 90),
+            cores=cores.get(name),
+            speed_up=ratio if compared and not withheld else None,
+            withheld=withheld,
+        )
+    return found
+
+
+def busy(cores: Iterable[float]) -> str | None:
+    """Return what PyTorch lacked on a busy machine, None on one that was not.
+
+    Args:
+        cores: that PyTorch kept busy while it was timed on the CPU, of each model.
+    """
+    least = min(cores, default=BUSY)
+    if least >= BUSY:
+        return None
+    return f"PyTorch had {least:.2f} of a core: something else keeps this machine busy"
+
+
+def unlike(first: Sequence[float], other: Sequence[float]) -> str | None:
+    """Return why the medians of two models that took turns must not be compared, if so.
+
+    Args:
+        first: milliseconds of one model, by round.
+        other: of the other in the same rounds.
+    """
+    if len(other) < FEWEST:
+        return f"{len(other)} timed passes are too few; at least {FEWEST} can be compared"
+    ratios = [a / b for a, b in zip(first, other, strict=True)]
+    low, high = percentile(ratios, 10), percentile(ratios, 90)
+    if high <= SPREAD * low:
+        return None
+    return f"the times spread too much: {low:.2g} to {high:.2g} times as fast from round to round"
 
 
 def time_passes(call: Callable[[], object], passes: int, *, device: torch.device) -> list[float]:

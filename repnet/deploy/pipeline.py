@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,9 @@ from repnet.deploy.device import hardware, usable_device
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting
 from repnet.deploy.gate import VerificationError, judge
-from repnet.deploy.latency import measure_latency
+from repnet.deploy.latency import FEWEST, Latency, measure_latency
+from repnet.deploy.limits import limits
+from repnet.deploy.native_output import native_output_hidden
 from repnet.deploy.preprocess import preprocessed
 from repnet.deploy.report import write_html
 from repnet.deploy.settings import Int8, Settings
@@ -41,8 +44,7 @@ from repnet.spec import DATA_PACKAGES, build
 from repnet.text import printable
 
 PROOF_SAMPLES = 4  # real images on which every block is compared in float64
-LATENCY_SECONDS = 3.0  # that slow networks are timed for, about; at least MIN_RUNS each
-MIN_RUNS = 10
+LATENCY_SECONDS = 3.0  # that slow networks are timed for, about; at least FEWEST rounds
 
 __all__ = ["Int8", "Settings", "VerificationError", "deploy"]
 
@@ -111,6 +113,7 @@ def deploy(
         else:
             exports = [export for export in report["exports"] if export["verified"]]
             stage.keep([file for export in exports for file in export["files"]])
+        report["limits"] = limits(report, settings)
         report["wall_seconds"] = time.perf_counter() - started
         write_json(stage.path / REPORT, report)
         write_html(report, stage.path / PAGE)
@@ -166,7 +169,7 @@ def _verify(
         folded, folds = reparameterize(train_form, example, method="modules", return_report=True)
         for name, reason in folds.put_back.items():
             raise FoldMismatchError(
-                f"block '{name}' differs from its original: {reason}", name, folds.proof
+                f"block '{name}' differs from its original: {reason}", name, folds.failed
             )
     report |= findings.of_fold(folds)
     check_structure(train_form, folded, allow_norms=settings.allow_norms)
@@ -184,15 +187,15 @@ def _verify(
         exporting = Exporting(
             deepcopy(deploy_form).cpu(), data, evaluation, settings, directory, _progress
         )
-        with _timed(seconds, "exports"):
+        with _timed(seconds, "exports"), native_output_hidden():
             exports = exporting.run()
         if exporting.int8 is not None:
             report["int8"] = exporting.int8
-    with _timed(seconds, "latency"):
+    with _timed(seconds, "latency"), native_output_hidden():
         batch = torch.zeros(settings.latency_batch, *data.input_shape, device=device) + example[:1]
         forms = {"train_form": train_form, "deploy_form": deploy_form}
         latency, runs = _latency(forms, exports, batch, settings)
-    report["latency_ms"] = {name: latency[name]["median"] for name in latency}
+    report["latency_ms"] = {name: latency[name].median for name in latency}
     on_gpu = {
         "train_form",
         "deploy_form",
@@ -205,7 +208,7 @@ def _verify(
         "devices": {
             name: hardware(device if name in on_gpu else torch.device("cpu")) for name in latency
         },
-        "forms": latency,
+        "forms": {name: asdict(latency[name]) for name in latency},
     }
     top1 = evaluation.metrics["train_form"]["top1"]
     report["exports"] = [export.describe(top1, settings.preprocess) for export in exports]
@@ -214,7 +217,9 @@ def _verify(
         report |= findings.of_network(train_form, deploy_form, data.input_shape, blocks)
     refused = [export for export in exports if export.status == "refused"]
     if refused:
-        raise VerificationError(f"{refused[0].name}: {refused[0].reason}")
+        others = ", ".join(export.name for export in refused[1:])
+        too = f" ({others} {'is' if len(refused) == 2 else 'are'} refused, too)" * bool(others)
+        raise VerificationError(f"{refused[0].name}: {refused[0].reason}{too}")
     return deploy_form
 
 
@@ -244,7 +249,7 @@ def _reloaded(folded: nn.Module, architecture: dict[str, Any], trust: Sequence[s
 
 def _latency(
     forms: dict[str, nn.Module], exports: Sequence[Export], batch: Tensor, settings: Settings
-) -> tuple[dict[str, dict[str, float]], int]:
+) -> tuple[dict[str, Latency], int]:
     """Return the latencies of both forms and all verified exports by name, and the runs of each."""
     subjects: dict[str, Callable[[Tensor], Any]] = dict(forms)
     images = batch.cpu()
@@ -256,9 +261,10 @@ def _latency(
         subjects[export.name] = partial(_call, export.runner, images)
     measure_latency(subjects, batch, runs=1, warmup=1)
     once = measure_latency(subjects, batch, runs=1, warmup=0)
-    round_trip = sum(spread["median"] for spread in once.values()) / 1e3
-    runs = min(settings.latency_runs, max(MIN_RUNS, int(LATENCY_SECONDS / round_trip)))
-    times = measure_latency(subjects, batch, runs=runs, warmup=min(10, runs // 2))
+    round_trip = sum(latency.median for latency in once.values()) / 1e3
+    runs = min(settings.latency_runs, max(FEWEST, int(LATENCY_SECONDS / round_trip)))
+    warmup = min(10, runs // 2)
+    times = measure_latency(subjects, batch, runs=runs, warmup=warmup, watched=list(forms))
     for export in verified:
         export.latency = times[export.name]
     return times, runs

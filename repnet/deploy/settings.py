@@ -15,8 +15,8 @@ class Int8:
     """How int8 files are made and judged.
 
     Args:
-        max_drop: of top-1 accuracy below that of the train form, a fraction.
-        min_agreement: fraction of samples with the prediction of the deploy form.
+        max_drop: of top-1 accuracy below that of the train form, a fraction below 1.
+        min_agreement: fraction of samples with the prediction of the deploy form, above 0.
         samples: training images that calibrate the ranges of activations.
         seed: of their choice.
     """
@@ -77,6 +77,18 @@ class Settings:
         """Its place among the splits of a data module."""
         return {"val": 1, "test": 2}[self.split]
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """Every limit that a form is held to, by the key that sets it."""
+        return {
+            "deploy.tolerance": self.tolerance,
+            "export.tolerance": self.export_tolerance,
+            "export.max_drop": self.export_max_drop,
+            "export.min_agreement": self.export_min_agreement,
+            "int8.max_drop": self.int8.max_drop,
+            "int8.min_agreement": self.int8.min_agreement,
+        }
+
     def check(self) -> None:
         """Raise an `InputError` for a value that makes no sense or a package that is missing."""
         if self.split not in ("test", "val"):
@@ -99,19 +111,29 @@ class Settings:
         for key, (count, least) in counts.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise InputError(f"{key}={count} must be a whole number, at least {least}")
-        limits = {
-            "deploy.tolerance": self.tolerance,
-            "export.tolerance": self.export_tolerance,
-            "export.max_drop": self.export_max_drop,
-            "export.min_agreement": self.export_min_agreement,
-            "int8.max_drop": self.int8.max_drop,
-            "int8.min_agreement": self.int8.min_agreement,
-        }
-        for key, limit in limits.items():
-            if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
-                raise InputError(f"{key}={limit} must be a number, 0 or more")
+        for key, limit in self.limits.items():
+            _check_limit(key, limit)
         for name, precisions in self.exports.items():
             _check_export(name, precisions)
+
+
+def is_least(key: str) -> bool:
+    """Whether a value must be at least this limit; else it must be at most the limit."""
+    return key.endswith("min_agreement")
+
+
+def _check_limit(key: str, limit: object) -> None:
+    """Refuse what is no fraction, and a limit that every form would pass."""
+    number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if is_least(key):
+        if not (number and 0 < limit <= 1):  # type: ignore[operator]
+            raise InputError(
+                f"{key}={limit} must be a fraction above 0 and at most 1, such as 0.98 for 98 %"
+            )
+    elif not (number and 0 <= limit < 1):  # type: ignore[operator]
+        raise InputError(
+            f"{key}={limit} must be a fraction, at least 0 and below 1, such as 0.01 for 1 %"
+        )
 
 
 def _check_export(name: str, precisions: Sequence[str]) -> None:

@@ -265,6 +265,8 @@ def _fold(folding: Folding, inputs: Inputs) -> tuple[nn.Module, FoldReport]:
             continue
         report.proof, wrong = proof.culprits(built, partial(_subset, folding, plan))
         report.put_back |= wrong
+        if wrong and report.failed is None:
+            report.failed = report.proof
         wrong = wrong or _cast(built)
         if not wrong:
             break

@@ -104,7 +104,8 @@ class Proof:
             errors = {b.name: b.relative_error for b in found.blocks}
             root = type(self.source).__name__
             wrong = {
-                fold.name: f"its convolution differs from it by {errors[name or root]:.1e}"
+                fold.name: f"its convolution differs from it by {errors[name or root]:.1e}, "
+                f"allowed {block:.0e}"
                 for fold, name in built.folds
                 if not errors.get(name or root, 0.0) <= block
             }

@@ -33,6 +33,7 @@ class FoldReport:
         skipped: reason by module name, for blocks that are not one convolution and for every batch
             norm that remains.
         put_back: the part of `skipped` that was folded and failed its proof.
+        failed: the first proof that did not hold; None where the first one did.
         left: names of the batch norms that remain.
         checks: number of values on which forward branches, and which a graph compares with those
             of the recorded run, so that it may refuse an input of another size.
@@ -47,6 +48,7 @@ class FoldReport:
     graphs: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     put_back: dict[str, str] = field(default_factory=dict)
+    failed: Equivalence | None = None
     left: list[str] = field(default_factory=list)
     checks: int = 0
     was_training: bool = False

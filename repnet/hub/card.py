@@ -13,6 +13,7 @@ from repnet import __version__
 from repnet.deploy import artifact
 from repnet.deploy.artifact import REPORT, WEIGHTS, read_description
 from repnet.deploy.formats import format_named
+from repnet.deploy.report import claims
 from repnet.deploy.staging import CARD
 from repnet.errors import InputError
 from repnet.files import write_text
@@ -141,6 +142,7 @@ def _card(
             }
         ],
     }
+    reasons = claims.withheld(report)
     classes = len((description.get("data") or {}).get("class_names") or [])
     lines = [
         "---",
@@ -150,7 +152,8 @@ def _card(
         "",
         f"A convnet that was trained with several branches per block and folded by repnet "
         f"{__version__}. Before it was saved, all {report['samples']:,} predictions of the {split} "
-        f"split were compared with those of the trained network, in every form below.",
+        f"split were compared with those of the trained network, in every form below. "
+        + " ".join(claims.headline(report)),
         "",
         *_table(
             ("form", "file", "top-1", "drop", "agreement", "latency, ms", "MB"),
@@ -159,6 +162,10 @@ def _card(
         "",
         f"Latency: {_cell(_latency(report))}. Drop: of accuracy, from the train form. Agreement: "
         "predictions that are the same.",
+        *(
+            f"Latency is not given where it cannot be compared: {_cell(reason)}."
+            for reason in reasons
+        ),
         "",
         "## Use",
         "",
@@ -179,7 +186,7 @@ def _forms(
     description: dict[str, Any], report: dict[str, Any], exports: Iterable[dict[str, Any]]
 ) -> list[tuple[str, ...]]:
     """Return a row for each form, and for each exported file."""
-    metrics, latency = report["metrics"], report.get("latency_ms") or {}
+    metrics, latency = report["metrics"], _comparable(report)
     train, deployed = metrics["train_form"]["top1"], metrics["deploy_form"]["top1"]
     rows: list[tuple[str, ...]] = [
         ("train form", "", _percent(train), "", "", _number(latency.get("train_form")), ""),
@@ -202,11 +209,21 @@ def _forms(
                 _percent(export.get("top1")),
                 _percent(export.get("drop")),
                 _percent(export.get("agreement")),
-                _number(export.get("latency_ms")),
+                _number(latency.get(f"{export['format']} {export['precision']}")),
                 _number(size / 1e6 if size else None),
             )
         )
     return rows
+
+
+def _comparable(report: dict[str, Any]) -> dict[str, float]:
+    """Return the milliseconds of each form, unless a reader would compare what cannot be."""
+    forms = (report.get("latency") or {}).get("forms") or {}
+    withheld = {name for name, found in forms.items() if found.get("withheld")}
+    if withheld == forms.keys() - {"train_form"}:  # nothing is left to compare it with
+        withheld |= forms.keys()
+    known = dict(report.get("latency_ms") or {})
+    return {name: value for name, value in known.items() if name not in withheld}
 
 
 def _latency(report: dict[str, Any]) -> str:
@@ -248,7 +265,8 @@ def _provenance(provenance: dict[str, Any], report: dict[str, Any]) -> list[tupl
         "data": provenance.get("data"),
         "split": provenance.get("split"),
         "samples compared": report["samples"],
-        "largest relative error of a block, float64": report.get("max_relative_error"),
+        "largest error of a block, float64": claims.largest_error(report),
+        "loosened limits": ", ".join(claims.loosened(report)) or None,
         "epoch": provenance.get("epoch"),
         "weights": provenance.get("weights"),
         "checkpoint SHA-256": provenance.get("checkpoint_sha256"),

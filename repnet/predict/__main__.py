@@ -17,12 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.bar import Bar
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from repnet.deploy.native_output import native_output_hidden
 from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.predict.predictor import Prediction, Predictor, find_images
@@ -52,8 +54,9 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Predict, print and write; return the images that could not be read, and why."""
     paths = find_images(arguments.images)
-    predictor = Predictor(arguments.artefact, trust=arguments.trust, device=arguments.device)
-    predictions, unreadable = _predict(predictor, paths, arguments.top, arguments.batch)
+    with native_output_hidden():
+        predictor = Predictor(arguments.artefact, trust=arguments.trust, device=arguments.device)
+        predictions, unreadable = _predict(predictor, paths, arguments.top, arguments.batch)
     if not predictions:
         raise InputError(f"not one image can be read: {unreadable[0][1]}")
     if arguments.json:
@@ -62,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         _write(arguments.csv, _as_csv(predictions))
     if "-" not in (arguments.json, arguments.csv):
         console = Console()
-        console.print(_table(predictions))
+        console.print(_table(predictions, _places(arguments.images), console.width))
         console.print(f"images: {predictor.rule}", soft_wrap=True, highlight=False)
     return unreadable
 
@@ -138,8 +141,14 @@ def _write(target: str, text: str) -> None:
         write_text(target, text)
 
 
-def _table(predictions: Sequence[Prediction]) -> Table:
-    """Return bars for one image, a row for each of several."""
+def _places(images: Sequence[Path]) -> str:
+    """Return the folder that the images are named relative to: the one given, or what all share."""
+    folders = [path if path.is_dir() else path.parent for path in images]
+    return os.path.commonpath([folder.absolute() for folder in folders])
+
+
+def _table(predictions: Sequence[Prediction], folder: str, width: int) -> Table:
+    """Return bars for one image, a row for each of several, with names relative to `folder`."""
     table = Table(title_justify="left")
     if len(predictions) == 1:
         table.title = Text(predictions[0].image)
@@ -150,14 +159,21 @@ def _table(predictions: Sequence[Prediction]) -> Table:
             bar = Bar(1, 0, score.probability, width=30)
             table.add_row(Text(score.name), f"{score.probability:.2%}", bar)
         return table
-    for column in ("image", "class", "probability", "next"):
-        table.add_column(column, justify="right" if column == "probability" else "left")
-    for prediction in predictions:
+    names = [os.path.relpath(prediction.image, folder) for prediction in predictions]
+    longest = max(map(cell_len, names))
+    table.add_column("image", no_wrap=True, min_width=longest)
+    table.add_column("class")
+    table.add_column("probability", justify="right", no_wrap=True)
+    widest = max(cell_len(prediction.scores[0].name) for prediction in predictions)
+    # The other classes are left out rather than the names of files broken.
+    rest = longest + widest + 44 <= width
+    if rest:
+        table.add_column("next")
+    for name, prediction in zip(names, predictions, strict=True):
         best, *others = prediction.scores
-        rest = ", ".join(f"{score.name} {score.probability:.1%}" for score in others)
-        table.add_row(
-            Text(prediction.image), Text(best.name), f"{best.probability:.2%}", Text(rest)
-        )
+        cells = [Text(name), Text(best.name), Text(f"{best.probability:.2%}")]
+        following = ", ".join(f"{score.name} {score.probability:.1%}" for score in others)
+        table.add_row(*cells, *[Text(following)][:rest])
     return table
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from repnet.deploy.report import charts, tables, words
+from repnet.deploy.report import charts, forms, tables, words
+from repnet.deploy.report.verdict import limits, verdict
 from repnet.files import write_text
 
 Section = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -16,12 +17,11 @@ Section = Callable[[dict[str, Any]], dict[str, Any] | None]
 # In the order of the page: template, title, title in the list of contents, and the facts; without
 # facts there is no such section.
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
-    ("accuracy", "Accuracy", "Accuracy", tables.accuracy),
-    ("agreement", "Same answer, image by image", "Agreement", tables.agreement),
+    ("forms", "All forms side by side", "Forms", forms.forms),
+    ("agreement", "What differs", "Differences", tables.agreement),
+    ("limits", "Limits in force", "Limits", limits),
     ("errors", "Where an error would start", "Errors", charts.errors),
-    ("latency", "Speed", "Speed", charts.latency),
     ("where", "Where the parameters and multiplications went", "Size", charts.where),
-    ("exports", "Exported files", "Exports", tables.exports),
     ("int8", "int8", "int8", charts.int8),
     ("kernels", "Branches becoming one kernel", "Kernels", charts.kernels),
     ("confusion", "Which classes are taken for which", "Confusions", charts.confusion),
@@ -53,4 +53,4 @@ def write_html(report: dict[str, Any], path: str | Path) -> None:
         if (facts := section(report)) is not None
     ]
     page = environment.get_template("page.html.j2")
-    write_text(path, page.render(verdict=tables.verdict(report), sections=shown))
+    write_text(path, page.render(verdict=verdict(report), sections=shown))

@@ -10,12 +10,13 @@ import numpy
 
 from repnet.deploy import png
 from repnet.deploy.report import words
-from repnet.deploy.report.tables import Report, fastest, latencies, listed_exports
+from repnet.deploy.report.tables import Report
 from repnet.deploy.report.words import finite
 
 FLOOR = 1e-18  # left end of the error chart; an exact zero is drawn there
 SHOWN = 40  # layers that are shown at once
 NUMBERED = 12  # classes whose confusion matrix has room for numbers
+SHORT = 3  # letters of the name of a class that need not be turned
 PAIRS = 12  # confusions in a list
 CARDS, MOST_CARDS = 10, 24  # images that are shown at once, and in all
 HIT, MISS = (0, 114, 178), (213, 94, 0)  # Okabe and Ito: told apart by color-blind people
@@ -53,54 +54,12 @@ def errors(report: Report) -> Report | None:
     return {
         "tolerance": tolerance,
         "limit": None if tolerance is None else position(tolerance),
-        "ticks": [(f"1e{e}", position(10.0**e)) for e in range(low, high, step)],
+        "ticks": [
+            (words.scientific(10.0**e, 0), position(10.0**e)) for e in range(low, high, step)
+        ],
         "rows": rows,
         "bad": sum(row["bad"] for row in rows),
         "worst": max(known, default=None),
-    }
-
-
-def latency(report: Report) -> Report | None:
-    """Return the milliseconds of every form, slowest first after the two in PyTorch."""
-    forms = latencies(report)
-    if not forms:
-        return None
-    status = {export["name"]: export["status"] for export in listed_exports(report)}
-    train = (forms.get("train_form") or {}).get("median")
-    order: list[str] = [name for name in ("train_form", "deploy_form") if name in forms]
-    order += sorted(forms.keys() - set(order), key=lambda name: -forms[name]["median"])
-    ticks = _ticks(max(value["p90"] for value in forms.values()))
-    top = ticks[-1]
-    best = fastest(report)
-    rows = []
-    for name in order:
-        value = forms[name]
-        rows.append(
-            {
-                "name": name,
-                "kind": _kind(name),
-                "status": status.get(name),
-                "width": _percent(value["median"], top),
-                "low": _percent(value["p10"], top),
-                "spread": _percent(value["p90"] - value["p10"], top),
-                "speed_up": train / value["median"] if train else None,
-                "best": best is not None and best[0] == name,
-                **value,
-            }
-        )
-    settings = report.get("latency") or {}
-    return {
-        "rows": rows,
-        "ticks": [(f"{tick:g}", 100 * tick / top) for tick in ticks],
-        "batch": settings.get("batch"),
-        "runs": settings.get("runs"),
-        "device": settings.get("device"),
-        "others": {
-            name: device
-            for name, device in (settings.get("devices") or {}).items()
-            if device != settings.get("device")
-        },
-        "best": best,
     }
 
 
@@ -277,8 +236,10 @@ def confusion(report: Report) -> Report | None:
             ]
         else:
             picture = _confusion_picture(shares)
+    columns = [_class(names, i) for i in range(len(rows))] if rows else []
     return {
-        "columns": [_class(names, i) for i in range(len(rows))] if rows else [],
+        "columns": columns,
+        "short": all(len(name) <= SHORT for name in columns),
         "rows": rows,
         "picture": picture,
         "classes": len(matrix) if matrix is not None else len(names) or None,
@@ -342,14 +303,6 @@ def _class(names: Sequence[Any], index: Any) -> str:
     if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(names):
         return str(names[index])
     return words.MISSING if index is None else str(index)
-
-
-def _kind(name: str) -> str:
-    """Return what colors a form: the form in PyTorch, or the precision of an export."""
-    if name in ("train_form", "deploy_form"):
-        return name.removesuffix("_form")
-    precision = name.rpartition(" ")[2]
-    return "int8" if precision == "int8" else "half" if precision.endswith("16") else "single"
 
 
 def _ticks(top: float) -> list[float]:

@@ -53,10 +53,10 @@ def points(value: Any, digits: int = 2) -> str:
     return number(known, f"{{:+.{digits}f}}") if known else "±0"
 
 
-def scientific(value: Any) -> str:
+def scientific(value: Any, digits: int = 1) -> str:
     """Return a number with its power of ten, without the zeros of a C program."""
-    text = "0" if value == 0 else number(value, "{:.1e}")
-    return text.replace(f"e{MINUS}0", f"e{MINUS}").replace("e+0", "e+")
+    text = "0" if value == 0 else number(value, f"{{:.{digits}e}}")
+    return text.replace(".0e", "e").replace(f"e{MINUS}0", f"e{MINUS}").replace("e+0", "e+")
 
 
 def milliseconds(value: Any) -> str:
@@ -101,12 +101,15 @@ def form(name: Any) -> str:
     return f"{FORMATS[kind]} {precision}".strip() if kind in FORMATS else text.replace("_", " ")
 
 
-def short(value: Any, digits: int = 4) -> str:
-    """Return a count in few characters, for the cells of a matrix."""
+def short(value: Any) -> str:
+    """Return a count in at most four characters, for the cells of a matrix."""
     known = finite(value)
-    if known is None or abs(known) < 10**digits:
+    if known is None or abs(known) < 1e4:
         return number(value, "{:.0f}")
-    return amount(known).replace(" ", "")
+    unit, size = next(
+        ((u, s) for u, s in (("k", 1e3), ("M", 1e6)) if known < 999.5 * s), ("G", 1e9)
+    )
+    return f"{known / size:.0f}{unit}"
 
 
 FILTERS = {
