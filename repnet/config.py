@@ -68,7 +68,13 @@ _PART_PACKAGES = {
         "pytorch_lightning.strategies.model_parallel",
         "pytorch_lightning.strategies.single_device",
     ),
-    "logger": ("pytorch_lightning.loggers",),
+    # No other logger: it could write anywhere, or send files to a service.
+    "logger": (
+        "pytorch_lightning.loggers.csv_logs",
+        "pytorch_lightning.loggers.mlflow",
+        "pytorch_lightning.loggers.wandb",
+        "pytorch_lightning.loggers.tensorboard",
+    ),
     "callbacks": (
         *_FILE_PACKAGES,
         "repnet.callbacks.ema",
@@ -258,7 +264,8 @@ class Training(_Closed):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         warmup, epochs = self.scheduler and self.scheduler.warmup_epochs, self.trainer.max_epochs
-        if warmup and epochs and 0 < epochs < warmup:
+        trial = type(self.trainer.limit_train_batches) is int  # a few batches of each epoch
+        if warmup and epochs and 0 < epochs < warmup and not trial:
             raise ValueError(
                 f"scheduler.warmup_epochs={warmup:g} is longer than the training of "
                 f"trainer.max_epochs={epochs}; lower it, or train for longer"

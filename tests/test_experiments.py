@@ -27,7 +27,6 @@ SMALL = [
     "trainer=cpu",
     "trainer.precision=32-true",
     "trainer.max_epochs=1",
-    "++scheduler.warmup_epochs=0",  # those of a recipe are longer than this run
     "++trainer.limit_train_batches=2",
     "++trainer.limit_val_batches=1",
     "++trainer.limit_test_batches=1",
