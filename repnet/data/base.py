@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from repnet.data.batch_augment import BatchTransform
 from repnet.data.sampling import EpochLoader, EvaluationBatches, SeededDataset, TrainBatches
 from repnet.errors import InputError
+from repnet.lightning import EitherLightning
 
 Augment = Callable[[Tensor], Tensor]
 Splits = tuple[Dataset[Any], Dataset[Any], Dataset[Any]]
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class ImageDataModule(EitherLightning, LightningDataModule, ABC):
     """Three splits of labelled images, each with its loader.
 
     A subclass implements `load`. After `setup`, `class_names` and `input_shape` are known. Each

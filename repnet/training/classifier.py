@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from repnet.errors import InputError
+from repnet.lightning import LightningModule
 from repnet.training.objectives import Objective, Supervised
 from repnet.training.parameter_groups import repvgg_parameter_groups, scale_learning_rates
 
