@@ -172,6 +172,9 @@ class ImageDataModule(EitherLightning, LightningDataModule, ABC):
         assert self.splits is not None
         return self.splits[index]
 
+    def _collate(self, split: Any) -> Any:
+        return _keep if isinstance(split, TensorImages) else None
+
     def _loader(self, split: Any, batches: Any, *, train: bool = False) -> DataLoader[Any]:
         if self.on_device and self.trainer is not None:
             split = split.to(self.trainer.strategy.root_device)
@@ -181,7 +184,7 @@ class ImageDataModule(EitherLightning, LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available() and not self.on_device,
-            collate_fn=_keep if isinstance(split, TensorImages) else None,
+            collate_fn=self._collate(split),
             generator=torch.Generator(),  # else each start would draw from the global one
         )
 

@@ -37,6 +37,7 @@ from repnet.callbacks import (
 )
 from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
 from repnet.complexity import count_parameters
+from repnet.data import as_image_data
 from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
 from repnet.files import sweep_leftovers, write_text
@@ -155,7 +156,7 @@ def train(
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     if resume:
         config = _confined(config, directory)
-    data = build(config["data"], allowed=allowed)
+    data = as_image_data(build(config["data"], allowed=allowed))
     data.setup()
     data.train_dataloader()  # refuses batches that the data cannot fill, before anything is written
     config, model = build_model(config, data, allowed)
