@@ -177,7 +177,7 @@ def train(
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
         trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
-    _refuse_impossible_precision(config)
+    _refuse_impossible_on_cpu(config)
     trainer_options["profiler"] = build_profiler(trainer_options.get("profiler"), directory)
     if config["lr_find"] and not resume:
         unscheduled = {**config, "scheduler": None}  # its epochs are not those of the test
@@ -365,21 +365,17 @@ def _on_cpu(config: dict[str, Any]) -> bool:
     return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
 
 
-def _refuse_impossible_precision(config: dict[str, Any]) -> None:
-    """Refuse what a CPU cannot train in: half precision, and float32 in channels_last.
-
-    torch 2.13 and 2.14 end in a segmentation fault in the backward pass of a 1x1 stride-2
-    convolution of 3 or 4 channels, the stem of these networks (oneDNN).
-    """
+def _refuse_impossible_on_cpu(config: dict[str, Any]) -> None:
+    """Refuse half precision on a CPU, and what would compute sliced convolutions again."""
     precision = str(config["trainer"].get("precision", "32"))
     if precision.startswith("16") and _on_cpu(config):
         raise InputError(
             f"trainer.precision={precision} needs a GPU; on the CPU use bf16-mixed or 32-true"
         )
-    if config["channels_last"] and _on_cpu(config) and "bf16" not in precision:
+    if config["channels_last"] and config.get("checkpoint_activations") and _on_cpu(config):
         raise InputError(
-            "channels_last=true in float32 on the CPU crashes torch in the stem's backward pass; "
-            "use trainer.precision=bf16-mixed, or channels_last=false"
+            "channels_last=true on a CPU cannot be combined with checkpoint_activations, which "
+            "computes again what is replaced there, strided 1x1 convolutions; leave out one"
         )
 
 
