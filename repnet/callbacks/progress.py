@@ -15,6 +15,8 @@ from rich import get_console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from repnet.lightning import EitherLightning
+
 WIDE = 160  # columns of a terminal that has room for a long bar beside the metrics
 
 
@@ -51,7 +53,7 @@ class StepTimer:
         self.last = now
 
 
-class ThroughputBar(RichProgressBar):
+class ThroughputBar(EitherLightning, RichProgressBar):
     """Also shows the loss of the step, images/s of all devices, data wait and memory.
 
     Lightning's own bar reads metrics at every step, which makes an accelerator wait; this one does
