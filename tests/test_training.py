@@ -69,7 +69,7 @@ def test_classifier_works_in_a_foreign_script(tmp_path: Any) -> None:
     )  # fmt: skip
     trainer.fit(module, data)
     assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    assert trainer.callback_metrics["val/top5"] == 1  # of 3 classes
+    assert "val/top5" not in trainer.callback_metrics  # it would be 1 of 3 classes
     (metrics,) = trainer.test(module, data, verbose=False)
     with torch.no_grad():
         logits, labels = [

@@ -96,7 +96,8 @@ def build_classifier(
         spec = config.get(key)
         if not spec:
             return None
-        spec = completed(spec, known, allowed)
+        counts = {"class_counts": data.class_counts()} if spec.get("class_weights") else {}
+        spec = completed(spec, known | counts, allowed)
         return build({**spec, "_partial_": True} if partial else spec, allowed=allowed)
 
     objective = made("objective", partial=True)
@@ -115,6 +116,7 @@ def build_classifier(
         objective=objective,
         mix=made("mix"),
         channels_last=config["channels_last"],
+        freeze=config.get("freeze") or (),
         **{key: value for key, value in groups.items() if value is not None},
     )
 

@@ -37,16 +37,16 @@ from repnet.callbacks import (
 )
 from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
 from repnet.complexity import count_parameters
-from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
 from repnet.files import sweep_leftovers, write_text
 from repnet.spec import DATA_PACKAGES, MODEL_PACKAGES, build
 from repnet.training.announcement import ParameterTable
 from repnet.training.assembly import build_classifier, build_model, images_per_step
 from repnet.training.find_lr import find_learning_rate
+from repnet.training.freezing import refuse_frozen_noise
 from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
+from repnet.training.pretrained import load_pretrained
 from repnet.training.profiling import build_profiler
-from repnet.weights import load_weights
 
 STATISTICS_BATCHES = 10  # that give the norms of a partially folded network their statistics
 
@@ -60,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
         "monitor": "val/top1",
         "mode": "max",
     },
+    "freeze": [],
     "lr_find": False,
     "on_nan": "stop",
     "pictures": False,
@@ -87,6 +88,7 @@ RESUME_PACKAGES = (
     "repnet.callbacks.prune",
     "repnet.callbacks.recalibration",
     "repnet.callbacks.weight_decay",
+    "pytorch_lightning.callbacks.early_stopping",
     "torch.optim",
     "torch.nn.modules.loss",
     "torchvision.transforms.autoaugment",
@@ -152,6 +154,8 @@ def train(
             f"'{directory}' already holds a run; continue it with resume={directory}, or choose "
             "another hydra.run.dir"
         )
+    if not resume:
+        refuse_frozen_noise(config)
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     if resume:
         config = _confined(config, directory)
@@ -162,8 +166,9 @@ def train(
     if config["pretrained"] and not start:
         head = config["pretrained_head"]
         batches = (images for images, _ in islice(data.train_dataloader(), STATISTICS_BATCHES))
-        said = load_folded(model, config["pretrained"], batches, head=head, trust=trust)
-        print(said or load_weights(model, config["pretrained"], head=head), flush=True)
+        said = load_pretrained(model, config["pretrained"], batches, head=head, trust=trust)
+        if main_process:
+            print(said, flush=True)
     previous_seconds = 0.0
     saved: dict[str, Any] | None = None
     if resume:  # before anything is written: the checkpoint is whole, and fits the config
@@ -248,6 +253,7 @@ def train(
                 classifier, data, ckpt_path=str(start) if start else None, weights_only=True
             ),
         )
+        _tell_early_stop(trainer)
         chosen = best.best_model_path or str(last)
         tested = _uninterrupted(
             trainer,
@@ -260,9 +266,10 @@ def train(
     score = best.best_model_score
     value = None if score is None else round(float(score), 6)
     return {
-        "test": {"top1": None, "top5": None}  # nothing was tested
+        "test": {"top1": None}  # nothing was tested
         if not tested
         else {key.removeprefix("test/"): round(value, 6) for key, value in tested[0].items()},
+        "recall": dict(zip(data.class_names, classifier.recall_of_classes, strict=False)),
         "val": {
             "top1": value if keep["monitor"] == "val/top1" else None,
             "monitor": keep["monitor"],
@@ -291,8 +298,8 @@ def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _refuse_ineffective(config: dict[str, Any], saved: dict[str, Any]) -> None:
     """Refuse changes of what a checkpoint restores, which would do nothing."""
-    for part in ("optimizer", "parameter_groups", "lr_scaling"):
-        if config.get(part) != saved.get(part):
+    for part in ("optimizer", "parameter_groups", "lr_scaling", "freeze"):
+        if config.get(part) != saved.get(part, DEFAULTS.get(part)):
             raise InputError(
                 f"{part} cannot be changed in a resumed run, whose checkpoint holds the state of "
                 "its optimizer; start a new run with pretrained=CHECKPOINT"
@@ -394,8 +401,20 @@ def _announce(
         f"{type(data).__name__}: {sizes} images to train / validate / test, {shape}, "
         f"{data.num_classes} classes\n"
         f"{_device(trainer)}, precision {trainer.precision}, writing to {directory}",
+        *(f"warning: {note}" for note in getattr(data, "notes", ())),
+        sep="\n",
         flush=True,
     )
+
+
+def _tell_early_stop(trainer: pl.Trainer) -> None:
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopped_epoch and trainer.is_global_zero:
+            print(
+                f"stopped after epoch {callback.stopped_epoch + 1}: {callback.monitor} did not "
+                f"improve {callback.patience} times in a row",
+                flush=True,
+            )
 
 
 def _device(trainer: pl.Trainer) -> str:

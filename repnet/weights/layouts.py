@@ -3,8 +3,9 @@
 Every tensor has one neutral name, `PLACE/PART.TENSOR`, for instance `stages.0.1/kxk.0.bn.weight`:
 block 1 of stage 0, norm of its first convolution branch. What lies outside blocks has no slash
 (`head.weight`), and neither have plain convolutions with a norm, so that plain networks such as
-ResNet are listed among `others`. A layout says how a library spells places and parts; both directions come from the
-same rows. Names are facts of the named repositories, read in November 2026.
+ResNet are listed among `others`. A layout says how a library spells places and parts; both
+directions come from the same rows. Names are facts of the named repositories, read in November
+2026.
 """
 
 from __future__ import annotations
