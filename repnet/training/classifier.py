@@ -88,11 +88,9 @@ class Classifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.contiguous(memory_format=self.memory_format))
 
-    def train(self, mode: bool = True) -> Classifier:
-        super().train(mode)
-        for name in self.frozen:
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        for name in self.frozen:  # whatever has called `train()`
             self.model.get_submodule(name).eval()
-        return self
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch

@@ -208,7 +208,7 @@ def train(
         history,
         CorruptImages(),
         best,
-        *(build(spec, allowed=allowed) for spec in config["callbacks"].values() if spec),
+        *(build(spec, allowed=allowed) for spec in chosen_callbacks(config)),
         nan_policy,  # after what changes gradients
         LastCheckpoint(
             last, every_n_steps=keep["every_n_steps"], every_minutes=keep["every_minutes"]
@@ -304,6 +304,11 @@ def _refuse_ineffective(config: dict[str, Any], saved: dict[str, Any]) -> None:
                 f"{part} cannot be changed in a resumed run, whose checkpoint holds the state of "
                 "its optimizer; start a new run with pretrained=CHECKPOINT"
             )
+
+
+def chosen_callbacks(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the callbacks without the settings of those that a recipe has and the run has not."""
+    return [spec for spec in config["callbacks"].values() if spec and "_target_" in spec]
 
 
 def _previous_seconds(directory: Path) -> float:
