@@ -25,7 +25,7 @@ from repnet.spec import CONFIGS
 from repnet.training import Classifier
 from repnet.training.freezing import freeze
 from repnet.training.pretrained import load_pretrained
-from repnet.training.run import train
+from repnet.training.run import chosen_callbacks, train
 from repnet.weights import convert_weights
 from tests.commands import ROOT, TINY, run
 
@@ -171,6 +171,26 @@ def test_what_is_frozen_cannot_change_in_a_resumed_run(trained: Path, tmp_path: 
     with pytest.raises(InputError, match="freeze cannot be changed in a resumed run"):
         train(changed, tmp_path / "run", resume=True)
     assert train({**changed, "freeze": ["stem"]}, tmp_path / "run", resume=True)["epochs"] == 2
+
+
+def test_a_training_that_does_not_improve_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(
+        *TINY, *SETTINGS, "callbacks=[early_stopping]", "callbacks.early_stopping.patience=2",
+        "callbacks.early_stopping.min_delta=1", "checkpoint.monitor=val/f1", "trainer.max_epochs=9",
+    )  # fmt: skip
+    assert train(config, tmp_path / "run")["epochs"] == 3
+    assert "stopped after epoch 3: val/f1 did not improve 2 times" in capsys.readouterr().out
+    (tmp_path / "run" / "result.json").unlink(missing_ok=True)
+    assert train(config, tmp_path / "run", resume=True)["best_checkpoint"]  # needs no trust
+
+
+def test_settings_of_a_callback_that_was_not_chosen_do_nothing() -> None:
+    config = composed("experiment=finetune", "data.root=x", "callbacks=[early_stopping]")
+    assert [spec["_target_"] for spec in chosen_callbacks(config)] == [
+        "pytorch_lightning.callbacks.EarlyStopping"
+    ]
 
 
 # The documentation, as it is written.
