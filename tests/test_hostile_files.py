@@ -137,18 +137,6 @@ def test_an_exported_program_runs_only_where_it_is_trusted(
     assert Path("executed").exists()  # what would have happened
 
 
-def test_a_server_does_not_start_with_code_that_is_not_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    testing = pytest.importorskip("fastapi.testclient")
-    from tests.test_serve import app
-
-    write_artefact(tmp_path, formats=["torch_export"])
-    monkeypatch.setenv("REPNET_ARTEFACT", str(tmp_path / "model.pt2"))
-    with pytest.raises(InputError, match="is code"), testing.TestClient(app.__wrapped__().app):
-        pass
-
-
 # Hashes
 
 
