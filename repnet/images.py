@@ -49,6 +49,9 @@ def open_rgb(
                 raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
             if "transparency" in image.info:  # of a palette: PIL warns of the direct way
                 return image.convert("RGBA").convert("RGB")
+            if image.mode == "RGB":
+                image.load()
+                return image  # a conversion would copy it
             return image.convert("RGB")
     except UnidentifiedImageError:
         reason = "it is empty" if not contents else "it is no image, or of an unknown format"

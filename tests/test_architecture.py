@@ -20,6 +20,7 @@ ORDER = {
     "errors": set(),
     "files": set(),
     "kernel": {"symbolic"},  # lazily: the rules are written in terms of the kernel
+    "images": set(),
     "meta": set(),
     "precision": {"meta"},
     "symbolic": {"kernel", "precision"},
@@ -124,6 +125,14 @@ def test_what_needs_no_training_knows_no_lightning(module: str) -> None:
         ("repnet.cli.deploy", "torch pytorch_lightning"),
         ("repnet.kernel, repnet.fold", "pytorch_lightning hydra torchvision"),
         ("repnet.models, repnet.blocks", "pytorch_lightning hydra"),
+        (
+            "repnet.predict, repnet.serve.__main__",
+            "torch pytorch_lightning hydra sklearn matplotlib",
+        ),
+        (
+            "repnet.deploy.formats.onnx, repnet.deploy.formats.openvino",
+            "torch onnxruntime openvino",
+        ),
         ("repnet.deploy.artifact, repnet.checkpoint", "pytorch_lightning hydra repnet.training"),
     ],
 )

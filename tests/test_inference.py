@@ -24,13 +24,15 @@ TRAINING = ["pytorch_lightning", "lightning", "hydra", "omegaconf", "sklearn", "
 
 PROGRAM = """
 import sys
+from importlib.machinery import PathFinder
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[2].split():
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.partition(".")[0] in sys.argv[2].split()
+        return None if absent else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import io
 import numpy as np
 from PIL import Image

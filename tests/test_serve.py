@@ -465,8 +465,8 @@ def test_a_signal_waits_for_the_requests_that_have_begun(
     expected = Predictor(artefact).predict([encoded()], top=1)[0].scores[0]
     with server(artefact) as (process, port), socket.create_connection(("127.0.0.1", port)) as link:
         link.sendall(head + body[:50])
-        until(lambda: metric(httpx.Client(base_url=f"http://127.0.0.1:{port}"),
-                             "repnet_requests_in_flight") == 1)  # fmt: skip
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            until(lambda: metric(client, "repnet_requests_in_flight") == 1)
         process.send_signal(number)
 
         def refused() -> bool:
@@ -478,7 +478,8 @@ def test_a_signal_waits_for_the_requests_that_have_begun(
 
         until(refused)
         link.sendall(body[50:])
-        answer = link.makefile("rb").read()
+        with link.makefile("rb") as file:
+            answer = file.read()
         assert answer.startswith(b"HTTP/1.1 200")
         assert f'"{expected.name}"'.encode() in answer
         assert process.wait(60) == code

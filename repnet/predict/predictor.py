@@ -274,7 +274,9 @@ def _read(image: Source, decode_at: int | None, formats: tuple[str, ...] | None)
             raise ValueError(f"it has mode {image.mode}; convert it to 8 bits")
         if "transparency" in image.info:  # of a palette: PIL warns of the direct way
             image = image.convert("RGBA")
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        return np.asarray(image).transpose(2, 0, 1)
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.size == 0:
         raise ValueError(

@@ -23,7 +23,7 @@ _HELP = {
     "request_bytes": "bytes of a request",
     "request_images": "images of a request",
     "request_pixels": "pixels of all images of a request",
-    "pixels": "pixels of all images in memory at once, 8 to 12 bytes each; more images wait",
+    "pixels": "pixels of all images in memory at once, about 10 bytes each; more images wait",
     "batch": "images that the network sees at once",
 }
 

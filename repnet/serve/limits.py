@@ -15,7 +15,7 @@ class Limits:
         timeout: of a request, from its first byte to its answer, seconds.
         request_bytes: of a request.
         request_images: of a request.
-        request_pixels: of all images of a request. An image takes 8 to 12 bytes for each while it
+        request_pixels: of all images of a request. An image takes about 10 bytes for each while it
             is decoded.
         pixels: of all images that are in memory at once; the next ones wait for their turn.
         batch: images that the network sees at once.
