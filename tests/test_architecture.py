@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 # Which modules of repnet each may import.
 ORDER = {
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "kernel": {"symbolic"},  # lazily: the rules are written in terms of the kernel
     "images": set(),
     "meta": set(),
@@ -41,12 +41,13 @@ ORDER = {
     },
     "complexity": set(),
     "spec": {"errors"},
+    "outline": {"errors", "spec"},
     "surgery": {"kernel", "symbolic", "equivalence", "fold", "spec", "blocks"},
     "weights": {"weights", "models", "spec", "errors", "files"},
     "layers": set(),
     "blocks": {"blocks", "layers"},
     "models": {"models", "blocks", "layers", "spec", "errors"},
-    "checkpoint": {"errors", "files", "spec"},
+    "checkpoint": {"errors", "files", "outline", "spec"},
 }
 
 
