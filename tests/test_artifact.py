@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from repnet.checkpoint import save_checkpoint
 from repnet.deploy import folded_layers
-from repnet.deploy.artifact import load_deployed, read_description, save_deployed
+from repnet.deploy.artifact import load_deployed, save_deployed
+from repnet.deploy.description import read_description
 from repnet.errors import InputError
 from repnet.files import sha256
 from repnet.fold import reparameterize

@@ -39,6 +39,7 @@ from repnet.data.base import TensorImages
 from repnet.data.batch_augment import RandomCrop, RandomHorizontalFlip
 from repnet.data.decoding import decode
 from repnet.errors import InputError
+from repnet.images import open_rgb
 from repnet.spec import build, choices, load_choice
 
 
@@ -417,9 +418,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path) -> None:
     strange = encoded(Image.new("RGB", (4, 4)), "TGA")
     assert decode(strange).shape == (3, 4, 4)
     with pytest.raises(ValueError, match="unknown format"):
-        decode(strange, formats=("PNG", "JPEG"))
+        open_rgb(strange, formats=("PNG", "JPEG"))
     with pytest.raises(ValueError, match="unknown format"):
-        decode(encoded(color, "JPEG"), formats=("PNG",))
+        open_rgb(encoded(color, "JPEG"), formats=("PNG",))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import repnet
 from repnet.deploy.formats import ExportError, Format, format_named
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program
+from repnet.deploy.formats.base import ImageSpec
+from repnet.deploy.formats.torch_export import exported_program
 from repnet.deploy.preprocess import Preprocessed
 from repnet.errors import InputError
 from tests.models import randomize_batch_norm, relative_error
@@ -323,5 +324,5 @@ def skip_without_packages(chosen: Format) -> None:
 
 
 def test_image_specs_survive_text() -> None:
-    spec = ImageSpec(torch.uint8, (None, 3, 224, 224))
+    spec = ImageSpec("uint8", (None, 3, 224, 224))
     assert ImageSpec.loads(spec.dumps()) == spec

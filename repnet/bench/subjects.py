@@ -12,14 +12,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.checkpoint import find_checkpoint, model_from, read_checkpoint
-from repnet.deploy.artifact import (
+from repnet.deploy.artifact import extent, load_deployed
+from repnet.deploy.description import (
     DESCRIPTION,
     WEIGHTS,
     check_hashes,
-    extent,
     files_of,
     image_shape,
-    load_deployed,
     read_description,
     read_report,
 )

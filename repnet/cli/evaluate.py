@@ -80,7 +80,8 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
 def _load(path: str, trust: list[str]) -> tuple[nn.Module, str, Any, dict[str, Any]]:
     """Return the network, its form, the config of its data if known, and what that data was."""
     from repnet.checkpoint import find_checkpoint, model_from, read_checkpoint
-    from repnet.deploy.artifact import DESCRIPTION, load_deployed, read_description
+    from repnet.deploy.artifact import load_deployed
+    from repnet.deploy.description import DESCRIPTION, read_description
 
     directory = Path(path).parent if Path(path).name == DESCRIPTION else Path(path)
     if (directory / DESCRIPTION).is_file():

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from repnet.data.base import Splits, stratified_split
-from repnet.data.decoding import SUFFIXES
 from repnet.data.encoded import EncodedDataModule, EncodedImages, Names
 from repnet.errors import InputError
+from repnet.images import SUFFIXES
 from repnet.text import printable
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from repnet.data.decoding import open_rgb
 from repnet.data.folder import Listing, check_classes, scan
 from repnet.data.shards import FORMAT, INDEX, Shard, scan_tar, tar_keys
 from repnet.errors import InputError
 from repnet.files import sha256, sweep_leftovers, write_atomically, write_text
+from repnet.images import open_rgb
 from repnet.text import printable
 
 PLAN = "pack.json"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,22 +12,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from repnet.checkpoint import FORMAT as CHECKPOINT_FORMAT
+from repnet.deploy.description import (
+    DESCRIPTION,
+    EXPORT_KEYS,
+    FORMAT,
+    VERSION,
+    WEIGHTS,
+    check_hashes,
+    class_names,
+    read_description,
+    total,
+)
 from repnet.deploy.device import usable_device
+from repnet.deploy.exported import ExportedFile, is_exported
 from repnet.deploy.folded_layers import changed_layers, with_layers
 from repnet.errors import InputError, one_line
-from repnet.files import finite, read_json, sha256, write_atomically, write_json
+from repnet.files import sha256, write_atomically, write_json
 from repnet.outline import outline
 from repnet.spec import MODEL_PACKAGES, build, is_own, is_plain
-
-FORMAT = "repnet-deploy"
-VERSION = 1
-WEIGHTS = "model.safetensors"
-DESCRIPTION = "model.json"
-REPORT, PAGE = "report.json", "report.html"
-
-_LARGEST_INPUT = 64_000_000  # values of an image: RGB of 4,600 x 4,600 pixels
-_EXPORT_KEYS = ("format", "precision", "file", "files", "preprocess")
 
 
 def save_deployed(
@@ -89,10 +89,10 @@ def save_deployed(
         "form": "partial" if getattr(model, "reparameterized", None) == "keep" else "deploy",
         "architecture": {"train_form": architecture, "layers": layers},
         "hashes": {file: sha256(directory / file) for file in files},
-        "exports": [{key: export[key] for key in _EXPORT_KEYS} for export in exports],
+        "exports": [{key: export[key] for key in EXPORT_KEYS} for export in exports],
         **{key: value for key, value in extras.items() if value is not None},
     }
-    write_json(directory / DESCRIPTION, {**description, "sha256": _sum(description)})
+    write_json(directory / DESCRIPTION, {**description, "sha256": total(description)})
 
 
 def load_deployed(
@@ -103,8 +103,8 @@ def load_deployed(
     Of a directory or its `model.safetensors` this is the network, in evaluation mode. It runs no
     code from the files: the network is built from repnet's own classes, or those of packages in
     `trust`, and its weights are plain tensors. Any other file runs in its own runtime, and gives
-    float32 logits on the CPU. The hash of what is loaded is checked, and `description` of the
-    result is the contents of `model.json`.
+    float32 logits on the CPU. The hash of what is loaded is checked. `description` of the result is
+    the contents of `model.json`, and `class_names` are the names of its outputs.
 
     Args:
         path: directory with `model.json`, or a file in it.
@@ -117,12 +117,10 @@ def load_deployed(
             the runtime is not there.
     """
     path = Path(path)
-    own = path.name in (WEIGHTS, DESCRIPTION)
     device = usable_device(device)
-    inside = (path / DESCRIPTION).is_file()
-    if not own and not inside and (path.parent / DESCRIPTION).is_file():
+    if is_exported(path):
         return ExportedModel(path, trust=trust, device=str(device))
-    directory = path.parent if own else path
+    directory = path.parent if path.name in (WEIGHTS, DESCRIPTION) else path
     description = read_description(directory)
     check_hashes(directory, description, [WEIGHTS])
     architecture = description["architecture"]
@@ -139,6 +137,7 @@ def load_deployed(
         ) from error
     model.architecture = architecture["train_form"]
     model.description = description  # type: ignore[assignment]
+    model.class_names = class_names(description)  # type: ignore[assignment]
     model.input_is_uint8 = False  # type: ignore[assignment]
     return model.to(device).eval()
 
@@ -166,10 +165,7 @@ def extent(weights: Path) -> tuple[int, int]:
 
 
 class ExportedModel(nn.Module):
-    """An exported file of an artefact, run by its own runtime.
-
-    It maps images `(batch, channels, height, width)`, normalized floats or, where `input_is_uint8`,
-    the pixels themselves, to float32 logits `(batch, classes)` on the CPU.
+    """An `ExportedFile` as a module: images to float32 logits `(batch, classes)` on the CPU.
 
     Args:
         path: of the file, beside `model.json`.
@@ -177,160 +173,16 @@ class ExportedModel(nn.Module):
         device: where it runs.
 
     Raises:
-        InputError: the artefact does not have this file, it was changed, its runtime is missing, or
-            it is code and not trusted.
+        InputError: as `ExportedFile`.
     """
 
     def __init__(self, path: str | Path, *, trust: Sequence[str] = (), device: str = "cpu") -> None:
-        from repnet.deploy.formats import ExportError, format_named
-
         super().__init__()
-        path = Path(path)
-        description = read_description(path.parent)
-        listed = description.get("exports")
-        entries = (
-            [e for e in listed if path.name in files_of(e)] if isinstance(listed, list) else []
-        )
-        if not entries:
-            raise InputError(
-                f"'{path.parent / DESCRIPTION}' does not list '{path.name}', so that nobody "
-                "verified it"
-            )
-        entry = entries[0]
-        chosen = format_named(entry["format"])
-        file = path.with_name(entry["file"])
-        check_hashes(path.parent, description, entry["files"])
-        used = {part.relative_to(path.parent).as_posix() for part in chosen.contents(file)}
-        if unlisted := sorted(used - set(entry["files"])):
-            raise InputError(
-                f"'{path.parent / DESCRIPTION}' does not list '{unlisted[0]}', so that nobody "
-                "verified it"
-            )
-        if chosen.native and "native" not in trust:
-            raise InputError(
-                f"'{path}' is code, which can do whatever you can; if you made it or know who "
-                "did, pass trust=['native'] (commands: --trust native). model.safetensors and ONNX "
-                "files hold no code"
-            )
-        chosen.require()
-        self.description = description
-        self.precision = str(entry["precision"])
-        self.input_is_uint8 = bool(entry["preprocess"])
-        try:
-            self.runner = chosen.load(file, precision=self.precision, device=device)
-        except ExportError as error:
-            raise InputError(f"'{path}' cannot be run: {error}") from error
+        self.file = ExportedFile(path, trust=trust, device=device)
+        self.description = self.file.description
+        self.class_names = self.file.class_names
+        self.precision = self.file.precision
+        self.input_is_uint8 = self.file.input_is_uint8
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.runner(images)
-
-
-def _sum(description: dict[str, Any]) -> str:
-    """Return the hash of all else in `model.json`, in whatever layout it is written."""
-    plain = json.dumps(finite(description), sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(plain.encode()).hexdigest()
-
-
-def check_hashes(directory: Path, description: dict[str, Any], files: Sequence[str]) -> None:
-    """Compare files of an artefact with the hashes in its description.
-
-    Raises:
-        InputError: one is missing, or was changed.
-    """
-    for file in files:
-        path = directory / file
-        if not path.is_file():
-            raise InputError(f"'{directory}' has no {file}")
-        if sha256(path) != description["hashes"].get(file):
-            raise InputError(
-                f"'{path}' was changed after it was verified: its SHA-256 is not that in "
-                f"{DESCRIPTION}"
-            )
-
-
-def read_report(directory: Path, description: dict[str, Any]) -> dict[str, Any] | None:
-    """Return `report.json` of an artefact, None where there is none.
-
-    Raises:
-        InputError: it is damaged, or not the one that was written with the artefact.
-    """
-    if not (directory / REPORT).is_file():
-        return None
-    check_hashes(directory, description, [REPORT])
-    report = read_json(directory / REPORT)
-    if not isinstance(report, dict):
-        raise InputError(f"'{directory / REPORT}' is damaged: it holds no object")
-    return report
-
-
-def image_shape(data: Any, path: Path) -> tuple[int, int, int]:
-    """Return `(channels, height, width)` of the images of a network.
-
-    Args:
-        data: of its description.
-        path: for messages.
-
-    Raises:
-        InputError: it does not say, or no such image could be held in memory.
-    """
-    shape = data.get("input_shape") if isinstance(data, dict) else None
-    if (
-        not isinstance(shape, list | tuple)
-        or len(shape) != 3
-        or not all(isinstance(length, int) and length > 0 for length in shape)
-    ):
-        raise InputError(f"'{path}' does not say the shape of its images: input_shape is {shape!r}")
-    channels, height, width = shape
-    if channels * height * width > _LARGEST_INPUT:
-        raise InputError(
-            f"'{path}' says that its images have the shape {shape}; more than "
-            f"{_LARGEST_INPUT:,} values are not taken"
-        )
-    return channels, height, width
-
-
-def files_of(entry: Any) -> list[str]:
-    """Return the files of an entry of `exports`, none where it is malformed or leads elsewhere."""
-    if not isinstance(entry, dict) or not set(_EXPORT_KEYS) <= entry.keys():
-        return []
-    file, files = entry["file"], entry["files"]
-    if not isinstance(files, list):
-        return []
-    if not all(isinstance(text, str) for text in (file, entry["format"], *files)):
-        return []
-    if not any(name == file or name.startswith(f"{file}/") for name in files):
-        return []
-    paths = [PurePosixPath(name) for name in files]
-    outside = any(path.is_absolute() or ".." in path.parts for path in paths)
-    return [] if outside or PurePosixPath(file).name != file else [*files, file]
-
-
-def read_description(directory: str | Path) -> dict[str, Any]:
-    """Return `model.json` of a deploy directory.
-
-    Raises:
-        InputError: it is missing, damaged, of another format or a newer version.
-    """
-    path = Path(directory) / DESCRIPTION
-    if not path.is_file():
-        hint = ""
-        if Path(directory).suffix == ".ckpt" or (Path(directory) / "checkpoints").is_dir():
-            hint = f" (it is a {CHECKPOINT_FORMAT} in train form; deploy it first with deploy.py)"
-        raise InputError(f"'{directory}' is not a deploy model: there is no '{path}'{hint}")
-    description = read_json(path)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise InputError(f"'{path}' is not the description of a repnet deploy model")
-    version = description.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise InputError(
-            f"'{path}' has format version {version}, this repnet reads up to {VERSION}"
-        )
-    expected = description.pop("sha256", None)  # those of older versions have none
-    if expected is not None and expected != _sum(description):
-        raise InputError(f"'{path}' was changed after it was written: its own sum does not fit")
-    missing = [
-        key for key in ("architecture", "hashes") if not isinstance(description.get(key), dict)
-    ]
-    if missing or {"train_form", "layers"} - description["architecture"].keys():
-        raise InputError(f"'{path}' is incomplete")
-    return description
+        return self.file(images)

@@ -23,7 +23,8 @@ from repnet.callbacks.recalibration import recalibrate_batch_norm
 from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_checkpoint
 from repnet.data import ImageDataModule, as_image_data
 from repnet.deploy import findings
-from repnet.deploy.artifact import DESCRIPTION, PAGE, REPORT, load_deployed, save_deployed
+from repnet.deploy.artifact import load_deployed, save_deployed
+from repnet.deploy.description import DESCRIPTION, PAGE, REPORT
 from repnet.deploy.device import hardware, usable_device
 from repnet.deploy.evaluation import evaluate
 from repnet.deploy.exporting import Export, Exporting

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from repnet.deploy.artifact import DESCRIPTION, PAGE, REPORT, WEIGHTS
+from repnet.deploy.description import DESCRIPTION, PAGE, REPORT, WEIGHTS
 from repnet.errors import InputError
 from repnet.files import NEW, replace_directory, reserve, sweep_leftovers
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from repnet import __version__
-from repnet.deploy import artifact
-from repnet.deploy.artifact import REPORT, WEIGHTS, read_description
+from repnet.deploy import description as descriptions
+from repnet.deploy.description import REPORT, WEIGHTS, read_description
 from repnet.deploy.formats import format_named
 from repnet.deploy.report import claims
 from repnet.deploy.staging import CARD
@@ -89,7 +89,7 @@ def read_report(directory: Path, description: dict[str, Any]) -> dict[str, Any]:
         InputError: it is missing or changed, or does not say that each file is verified.
     """
     path = directory / REPORT
-    report = artifact.read_report(directory, description)
+    report = descriptions.read_report(directory, description)
     if report is None:
         raise InputError(
             f"'{directory}' has no {REPORT}, so that nobody verified it; make it with deploy.py"

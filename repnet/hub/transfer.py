@@ -12,13 +12,8 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import nn
 
-from repnet.deploy.artifact import (
-    DESCRIPTION,
-    WEIGHTS,
-    check_hashes,
-    load_deployed,
-    read_description,
-)
+from repnet.deploy.artifact import load_deployed
+from repnet.deploy.description import DESCRIPTION, WEIGHTS, check_hashes, read_description
 from repnet.deploy.staging import CARD, Stage
 from repnet.errors import InputError, first_line
 from repnet.hub.card import check_card, read_report, write_model_card

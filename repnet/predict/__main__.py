@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.bar import Bar
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from repnet.deploy.native_output import native_output_hidden
 from repnet.errors import InputError
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 def _predict(
     predictor: Predictor, paths: Sequence[Path], top: int, batch_size: int
 ) -> tuple[list[Prediction], list[tuple[str, str]]]:
-    def attempt(path: Path) -> Tensor | InputError:
+    def attempt(path: Path) -> np.ndarray | InputError:
         try:
             return predictor.prepare(path)
         except InputError as error:
@@ -93,11 +93,11 @@ def _predict(
         task = progress.add_task("classifying", total=len(paths))
         for start in range(0, len(paths), batch_size):
             chunk = paths[start : start + batch_size]
-            images: list[Tensor] = []
+            images: list[np.ndarray] = []
             names: list[str] = []
             for path, image in zip(chunk, pool.map(attempt, chunk), strict=True):
                 name = printable(str(path))
-                if isinstance(image, Tensor):
+                if isinstance(image, np.ndarray):
                     images.append(image)
                     names.append(name)
                 else:

@@ -6,30 +6,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms import v2
 
-from repnet.data.decoding import MAX_PIXELS, SUFFIXES, decode
-from repnet.deploy.artifact import (
-    DESCRIPTION,
-    WEIGHTS,
-    ExportedModel,
-    image_shape,
-    load_deployed,
-)
+from repnet.deploy.description import DESCRIPTION, WEIGHTS, class_names, image_shape
+from repnet.deploy.exported import ExportedFile, is_exported
 from repnet.errors import InputError, one_line
+from repnet.images import MAX_PIXELS, SUFFIXES, open_rgb, resize
 from repnet.text import printable
+
+if TYPE_CHECKING:  # of files of other runtimes, nothing here needs torch
+    from torch import Tensor, nn
 
 _LARGEST_SIDE = 8192  # pixels to which the shorter side of an image is resized
 _LARGEST_FILE = 1_000_000_000  # bytes; an image of `MAX_PIXELS` has 540 MB at 16 bits
 _STRIP = 1_000_000  # pixels of which gray levels are computed at once
 
-Source = str | Path | bytes | Image.Image | Tensor
+Source: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray | Tensor"
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,18 @@ class Predictor:
         self, artefact: str | Path, *, trust: Sequence[str] = (), device: str = "cpu"
     ) -> None:
         self.artefact = Path(artefact)
-        # What it knows of itself are attributes that nn.Module does not declare.
-        self.model = cast(Any, load_deployed(self.artefact, trust=trust, device=device))
-        self.description: dict[str, Any] = self.model.description
-        self.takes_uint8: bool = self.model.input_is_uint8
-        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.model: nn.Module | ExportedFile
+        if is_exported(self.artefact):
+            self.model = ExportedFile(self.artefact, trust=trust, device=device)
+        else:
+            from repnet.deploy.artifact import load_deployed  # the first import of torch
+
+            self.model = load_deployed(self.artefact, trust=trust, device=device)
+        self.device = device
+        # What a network knows of itself are attributes that nn.Module does not declare.
+        about: Any = self.model
+        self.description: dict[str, Any] = about.description
+        self.takes_uint8: bool = about.input_is_uint8
         data: Any = self.description.get("data")
         self.channels, self.height, self.width = image_shape(data, self.artefact)
         try:
@@ -85,11 +87,14 @@ class Predictor:
             if known and not 1 <= min(known) <= max(known) <= _LARGEST_SIDE:
                 raise ValueError(f"a length must be at least 1 and at most {_LARGEST_SIDE:,}")
             self.mean, self.std = (
-                torch.tensor(data[key], dtype=torch.float32).reshape(self.channels, 1, 1)
+                np.array(data[key], np.float32).reshape(self.channels, 1, 1)
                 for key in ("mean", "std")
             )
-            self.class_names = [printable(str(name)) for name in data["class_names"]]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            names = class_names(self.description)
+            if names is None:
+                raise ValueError("class_names is no list")
+            self.class_names = names
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"'{artefact}': its {DESCRIPTION} does not say how images are prepared (data: "
                 f"mean, std, resize, class_names): {error!r}"
@@ -111,11 +116,7 @@ class Predictor:
     @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what was loaded, by file; the first file is the one that is run."""
-        files = [WEIGHTS]
-        if isinstance(self.model, ExportedModel):
-            for export in self.description["exports"]:
-                if self.artefact.name in (export["file"], *export["files"]):
-                    files = sorted(export["files"], key=lambda file: file != export["file"])
+        files = self.model.files if isinstance(self.model, ExportedFile) else [WEIGHTS]
         return {file: self.description["hashes"][file] for file in files}
 
     def predict(
@@ -124,7 +125,8 @@ class Predictor:
         """Return a prediction for each image.
 
         Args:
-            images: paths, contents of files, PIL images, or uint8 `(channels, height, width)`.
+            images: paths, contents of files, PIL images, or arrays and tensors, uint8 `(channels,
+                height, width)`.
             top: classes of each.
             batch_size: images that the network sees at once.
 
@@ -143,7 +145,7 @@ class Predictor:
             predictions += self.classify(prepared, names, top=top)
         return predictions
 
-    def prepare(self, image: Source, *, formats: tuple[str, ...] | None = None) -> Tensor:
+    def prepare(self, image: Source, *, formats: tuple[str, ...] | None = None) -> np.ndarray:
         """Return an image as the model takes it, `(channels, height, width)`.
 
         Args:
@@ -159,27 +161,28 @@ class Predictor:
         except (OSError, ValueError) as error:
             name = f" '{printable(str(image))}'" if isinstance(image, str | Path) else ""
             raise InputError(f"cannot read the image{name}: {error}") from error
-        size = [self.height, self.width]
         if self.resize is None:
-            if list(pixels.shape[1:]) != size:
-                pixels = v2.functional.resize(pixels, size, antialias=True)
+            pixels = resize(pixels, self.height, self.width)
         elif not self.takes_uint8:  # else the model itself resizes and crops
-            pixels = v2.functional.resize(pixels, [self.resize], antialias=True)
-            pixels = v2.functional.center_crop(pixels, size)
-        return pixels if self.takes_uint8 else (pixels.float() / 255 - self.mean) / self.std
+            height, width = pixels.shape[1:]
+            shorter = min(height, width)
+            height, width = (self.resize * side // shorter for side in (height, width))
+            pixels = resize(pixels, height, width, crop=(self.height, self.width))
+        if self.takes_uint8:
+            return pixels
+        return (pixels.astype(np.float32) / np.float32(255) - self.mean) / self.std
 
     def _check_ratio(self, height: int, width: int) -> None:
         """Refuse an image whose longer side would be too long when its shorter one is resized."""
         ratio = max(height, width) / min(height, width)
-        if self.resize is not None and ratio * self.resize**2 > MAX_PIXELS:
+        if ratio * (self.resize or min(self.height, self.width)) ** 2 > MAX_PIXELS:
             raise ValueError(
                 f"one of its sides is {ratio:,.0f} times as long as the other: {height:,} x "
                 f"{width:,} pixels"
             )
 
-    @torch.inference_mode()
     def classify(
-        self, images: Sequence[Tensor], names: Sequence[str], *, top: int = 5
+        self, images: Sequence[np.ndarray], names: Sequence[str], *, top: int = 5
     ) -> list[Prediction]:
         """Return the predictions of images that `prepare` returned, run as one batch.
 
@@ -189,7 +192,7 @@ class Predictor:
         groups = [list(group) for _, group in groupby(images, key=lambda image: image.shape)]
         if self.takes_uint8 and self.resize is not None:  # of full size: not many at once
             groups = [[image] for image in images]
-        probabilities = torch.cat([self._probabilities(torch.stack(group)) for group in groups])
+        probabilities = np.concatenate([self._probabilities(np.stack(group)) for group in groups])
         if probabilities.shape[1] != len(self.class_names):
             raise InputError(
                 f"'{self.artefact}' returns {probabilities.shape[1]} classes, its {DESCRIPTION} "
@@ -197,32 +200,42 @@ class Predictor:
             )
         predictions = []
         for name, row in zip(names, probabilities, strict=True):
-            if not row.isfinite().all():
+            if not np.isfinite(row).all():
                 raise InputError(f"'{self.artefact}' returns NaN or infinity for '{name}'")
-            values, indices = row.topk(min(top, len(row)))
-            pairs = zip(indices.tolist(), values.tolist(), strict=True)
-            scores = [Score(self.class_names[i], i, probability) for i, probability in pairs]
+            best = (-row).argsort(stable=True)[:top].tolist()
+            scores = [Score(self.class_names[i], i, float(row[i])) for i in best]
             predictions.append(Prediction(name, scores))
         return predictions
 
-    def _probabilities(self, images: Tensor) -> Tensor:
-        """Return probabilities in float64, `(batch, classes)`, on the CPU.
+    def _probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Return probabilities in float64, `(batch, classes)`.
 
         Raises:
             InputError: the model does not take these images, or returns something else.
         """
         try:
-            logits: Tensor = self.model(images.to(self.device))
-            found = (logits.ndim, len(logits), logits.is_floating_point())
-            if found != (2, len(images), True):
+            logits = self._logits(images)
+            found = (logits.ndim, len(logits), logits.dtype.kind)
+            if found != (2, len(images), "f"):
                 raise ValueError(
-                    f"it returns {tuple(logits.shape)} of {logits.dtype} for {len(images)} images"
+                    f"it returns {logits.shape} of {logits.dtype} for {len(images)} images"
                 )
-            return logits.double().softmax(1).cpu()
+            with np.errstate(invalid="ignore"):  # `classify` looks for NaN
+                shares = np.exp(logits - logits.max(1, keepdims=True), dtype=np.float64)
+            return shares / shares.sum(1, keepdims=True)
         except Exception as error:  # a file may describe any network, in any runtime
             raise InputError(
                 f"'{self.artefact}' cannot classify images: {one_line(error)}"
             ) from error
+
+    def _logits(self, images: np.ndarray) -> np.ndarray:
+        if isinstance(self.model, ExportedFile):
+            return self.model.run(images)
+        import torch
+
+        with torch.inference_mode():
+            logits: Tensor = self.model(torch.from_numpy(images).to(self.device)).cpu()
+        return (logits.double() if logits.is_floating_point() else logits).numpy()
 
 
 def find_images(places: Iterable[str | Path]) -> list[Path]:
@@ -252,22 +265,24 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _read(image: Source, decode_at: int | None, formats: tuple[str, ...] | None) -> Tensor:
-    """Return uint8 pixels `(channels, height, width)`; `decode_at`, `formats` as in `decode`."""
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.numel() == 0:
-            raise ValueError(
-                f"a tensor must be uint8 (channels, height, width), not {image.dtype} "
-                f"{tuple(image.shape)}"
-            )
-        return image
+def _read(image: Source, decode_at: int | None, formats: tuple[str, ...] | None) -> np.ndarray:
+    """Return uint8 pixels `(channels, height, width)`; `decode_at`, `formats` as in `open_rgb`."""
+    if isinstance(image, str | Path | bytes):
+        image = open_rgb(_contents(image), decode_at=decode_at, formats=formats)
     if isinstance(image, Image.Image):
         if image.mode == "F" or image.mode.startswith("I"):
             raise ValueError(f"it has mode {image.mode}; convert it to 8 bits")
         if "transparency" in image.info:  # of a palette: PIL warns of the direct way
             image = image.convert("RGBA")
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return decode(_contents(image), decode_at=decode_at, formats=formats)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        return np.asarray(image).transpose(2, 0, 1)
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.size == 0:
+        raise ValueError(
+            f"an array must be uint8 (channels, height, width), not {pixels.dtype} {pixels.shape}"
+        )
+    return pixels
 
 
 def _contents(image: str | Path | bytes) -> bytes:
@@ -281,20 +296,21 @@ def _contents(image: str | Path | bytes) -> bytes:
     return path.read_bytes()
 
 
-def _with_channels(pixels: Tensor, channels: int) -> Tensor:
+def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     if pixels.shape[0] == channels:
         return pixels
     if pixels.shape[0] == 1:
-        return pixels.expand(channels, -1, -1)
+        return np.broadcast_to(pixels, (channels, *pixels.shape[1:]))
     if pixels.shape[0] != 3:
         raise ValueError(f"it has {pixels.shape[0]} channels, neither 1 (gray) nor 3 (RGB)")
     # In strips, as int32 takes four times the memory, several times.
-    strips = pixels.split(max(1, _STRIP // pixels.shape[2]), 1)
-    return torch.cat([_gray(strip) for strip in strips], 1)
+    rows = max(1, _STRIP // pixels.shape[2])
+    strips = [pixels[:, at : at + rows] for at in range(0, pixels.shape[1], rows)]
+    return np.concatenate([_gray(strip) for strip in strips], 1)
 
 
-def _gray(pixels: Tensor) -> Tensor:
+def _gray(pixels: np.ndarray) -> np.ndarray:
     # PIL's weights (ITU-R 601-2), rounded: gray levels that were repeated come back as they were.
-    red, green, blue = pixels.int()
+    red, green, blue = pixels.astype(np.int32)
     gray = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-    return gray.to(torch.uint8)[None]
+    return gray.astype(np.uint8)[None]

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program
+from repnet.deploy.formats.base import ExportError, Format, ImageSpec, Runner
+from repnet.deploy.formats.torch_export import exported_program, image_spec
 from repnet.errors import first_line
 
 _INPUT = "repnet.input"  # key of the `ImageSpec` in the metadata
@@ -47,7 +47,7 @@ class AotInductor(Format):
             "cpp.march": "",
             "aot_inductor.metadata": {
                 **(metadata or {}),
-                _INPUT: ImageSpec.of(program).dumps(),
+                _INPUT: image_spec(program).dumps(),
             },
         }
         try:

@@ -2,21 +2,95 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from torch import Tensor, nn
+import numpy as np
 
 from repnet.errors import InputError
 
-Runner = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:  # what runs a file of another runtime needs no torch
+    from torch import Tensor, nn
+
+Runner = Callable[["Tensor"], "Tensor"]
+Images = TypeVar("Images", "Tensor", np.ndarray)
 
 
 class ExportError(RuntimeError):
     """A runtime cannot take this network; other exports are not concerned."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a file takes.
+
+    Args:
+        dtype: "float32" or "uint8".
+        shape: `(batch, channels, height, width)`, None for what is free.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    @classmethod
+    def loads(cls, text: str) -> ImageSpec:
+        """Return what `dumps` wrote."""
+        stored = json.loads(text)
+        return cls(stored["dtype"], tuple(stored["shape"]))
+
+    def dumps(self) -> str:
+        return json.dumps({"dtype": self.dtype, "shape": self.shape})
+
+    def check(self, images: Images) -> Images:
+        """Return the images, contiguous; compiled code would read others as if they were.
+
+        Raises:
+            InputError: of another dtype or shape.
+        """
+        fits = images.ndim == len(self.shape) and all(
+            size in (None, n) for size, n in zip(self.shape, images.shape, strict=True)
+        )
+        dtype = str(images.dtype).removeprefix("torch.")
+        if not fits or dtype != self.dtype:
+            shape = ", ".join("any" if size is None else str(size) for size in self.shape)
+            raise InputError(
+                f"the images are {dtype} {tuple(images.shape)}, the file takes {self.dtype} "
+                f"({shape})"
+            )
+        if isinstance(images, np.ndarray):
+            return np.ascontiguousarray(images)
+        return images.contiguous()
+
+
+class ArrayRunner(ABC):
+    """Runs a file on arrays, and on tensors where they are given; it imports no torch."""
+
+    @abstractmethod
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Return float32 logits `(batch, classes)` of images, as `Format.load` says."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self.run(images.detach().cpu().numpy()))
+
+
+def threads() -> int:
+    """Return how many threads a runtime may use: torch's number where torch is in use."""
+    if "torch" in sys.modules:
+        return int(sys.modules["torch"].get_num_threads())
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit() and int(chosen) > 0:
+        return int(chosen)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Format(ABC):
@@ -26,6 +100,7 @@ class Format(ABC):
         name: as in `export=[name]` and in `report.json`.
         extra: of repnet, `pip install "repnet[extra]"`; None where torch is enough.
         packages: modules that writing and running need.
+        runtime: those of them that running needs; None for all.
         suffix: of the file; a companion file, if any, has the same stem.
         precisions: that it can be written in; the first is the default.
         int8_packages: modules that `repnet.deploy.int8` needs in addition to quantize its float32
@@ -36,6 +111,7 @@ class Format(ABC):
     name: ClassVar[str]
     extra: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ()
+    runtime: ClassVar[tuple[str, ...] | None] = None
     suffix: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     int8_packages: ClassVar[tuple[str, ...] | None] = None
@@ -96,9 +172,18 @@ class Format(ABC):
         """Return the name of the file in an artefact's directory."""
         return f"model{'' if precision == 'fp32' else f'_{precision}'}{self.suffix}"
 
-    def require(self, *, int8: bool = False) -> None:
-        """Raise an `InputError` that names the extra where a package is missing."""
-        needed = (*self.packages, *(self.int8_packages or ())) if int8 else self.packages
+    def require(self, *, int8: bool = False, run: bool = False) -> None:
+        """Raise an `InputError` that names the extra where a package is missing.
+
+        Args:
+            int8: whether the file is to be quantized.
+            run: whether it is there already, and only run.
+        """
+        needed = self.packages
+        if run and self.runtime is not None:
+            needed = self.runtime
+        elif int8:
+            needed = (*needed, *(self.int8_packages or ()))
         missing = [name for name in needed if find_spec(name) is None]
         if missing:
             raise InputError(

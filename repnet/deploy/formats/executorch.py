@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program
+from repnet.deploy.formats.base import ExportError, Format, ImageSpec, Runner
+from repnet.deploy.formats.torch_export import exported_program, image_spec
 from repnet.deploy.preprocess import Preprocessed
 from repnet.errors import first_line
 
@@ -52,7 +52,7 @@ class ExecuTorch(Format):
         program = exported_program(model, example, batch=1)
         constants = {
             _METADATA: json.dumps(dict(metadata or {})),
-            _INPUT: ImageSpec.of(program).dumps(),
+            _INPUT: image_spec(program).dumps(),
         }
         with _known_warnings():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

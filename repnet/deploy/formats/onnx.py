@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
-from repnet import __version__
-from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.torch_export import ImageSpec, exported_program
-from repnet.deploy.preprocess import Preprocessed
-from repnet.errors import first_line, one_line
+from repnet.deploy.formats.base import ArrayRunner, ExportError, Format, ImageSpec, threads
+from repnet.errors import one_line
 
-# The one that torch's exporter writes without a conversion; ONNX Runtime 1.14 of 2023 runs it.
-OPSET = 18
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-_CHATTER = ("onnxscript", "onnx_ir")  # they log each of their rewrites
-_DTYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8}
+_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 _EXTERNAL = "session.model_external_initializers_file_folder_path"
-_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 class Onnx(Format):
@@ -40,6 +31,7 @@ class Onnx(Format):
     name = "onnx"
     extra = "onnx"
     packages = ("onnx", "onnxruntime", "onnxscript", "onnxslim")
+    runtime = ("onnxruntime",)
     suffix = ".onnx"
     precisions = ("fp32", "fp16")
     int8_packages = ()
@@ -54,21 +46,33 @@ class Onnx(Format):
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.require()
+        from repnet.deploy.formats.onnx_export import in_float16, onnx_file
+
         model = in_float16(model) if precision == "fp16" else model
         path.write_bytes(onnx_file(model, example, metadata))
 
-    def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> Runner:
-        self.require()
+    def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> ArrayRunner:
+        self.require(run=True)
+        return _Session(path, precision, device)
+
+    def require(self, *, int8: bool = False, run: bool = False) -> None:
+        super().require(int8=int8, run=run)
+        # Version 1.31 writes to the home directory when it is imported, and reports what it runs.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+class _Session(ArrayRunner):
+    def __init__(self, path: Path, precision: str, device: str) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads()
         options.log_severity_level = 4  # fatal; the message of an error is in its exception
         # Else its threads keep the cores busy after a call, while another runtime is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
-        if torch.device(device).type == "cuda":
-            providers = _cuda(onnxruntime, torch.device(device), tf32=precision != "fp32")
+        if device.startswith("cuda"):
+            providers = _cuda(onnxruntime, device, tf32=precision != "fp32")
         try:
             # From memory, with an empty directory beside it: no hash covers weights in other files.
             with tempfile.TemporaryDirectory() as empty:
@@ -86,133 +90,17 @@ class Onnx(Format):
                 f"'{path}' takes {value.type}, repnet gives images as {' or '.join(_DTYPES)}"
             )
         sides = (side if isinstance(side, int) else None for side in value.shape)
-        takes = ImageSpec(_DTYPES[value.type], tuple(sides))
+        self.takes = ImageSpec(_DTYPES[value.type], tuple(sides))
+        self.session, self.input = session, value.name
 
-        def run(images: Tensor) -> Tensor:
-            array = takes.check(images.detach().cpu()).numpy()
-            (logits,) = session.run(None, {value.name: array})
-            return torch.from_numpy(logits)
-
-        return run
-
-    def require(self, *, int8: bool = False) -> None:
-        super().require(int8=int8)
-        # Version 1.31 writes to the home directory when it is imported, and reports what it runs.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    def run(self, images: np.ndarray) -> np.ndarray:
+        logits: np.ndarray
+        (logits,) = self.session.run(None, {self.input: self.takes.check(images)})
+        return logits
 
 
-def onnx_file(
-    model: nn.Module, example: Tensor, metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """Return an ONNX file with any batch size, named after the modules, without external data.
-
-    Raises:
-        ExportError: the network has an operator that ONNX lacks, or over 2 GB.
-    """
-    import onnx
-    import onnxslim
-
-    for name in _CHATTER:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    program = exported_program(model, example)
-    try:
-        with torch.no_grad():
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                opset_version=OPSET,
-                verbose=False,
-            )
-        assert exported is not None
-        file = onnxslim.slim(exported.model_proto)
-    except Exception as error:  # of any depth of the exporter
-        raise ExportError(f"ONNX cannot express this network: {_reason(error)}") from error
-    file.producer_name, file.producer_version = "repnet", __version__
-    _clean(file)
-    onnx.helper.set_model_props(file, dict(metadata or {}))
-    try:
-        onnx.checker.check_model(file, full_check=True)
-        contents: bytes = file.SerializeToString(deterministic=True)
-    except Exception as error:
-        raise ExportError(f"the ONNX file is not valid: {first_line(error)}") from error
-    return contents
-
-
-def in_float16(model: nn.Module) -> nn.Module:
-    """Return a copy with float16 weights and activations, float32 images and logits.
-
-    Preprocessing, which is cheap, keeps float32.
-
-    Raises:
-        ExportError: a weight is beyond the range of float16.
-    """
-    if isinstance(model, Preprocessed):
-        preprocessed = copy.copy(model)
-        preprocessed._modules = {**model._modules, "model": in_float16(model.model)}
-        return preprocessed
-    check_float16(model)
-    return _Float16(copy.deepcopy(model).half()).eval()
-
-
-def check_float16(model: nn.Module) -> None:
-    """Refuse weights that float16 cannot hold.
-
-    Raises:
-        ExportError: there is one.
-    """
-    limit = torch.finfo(torch.float16).max
-    for name, value in model.state_dict().items():
-        largest = value.abs().max().item() if value.is_floating_point() and value.numel() else 0
-        if largest > limit:
-            raise ExportError(
-                f"'{name}' holds {largest:.3g}, float16 ends at {limit:.0f}: use another precision"
-            )
-
-
-class _Float16(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images.half())
-        return logits.float()
-
-
-def _reason(error: BaseException) -> str:
-    """Return one line of what the exporter reports, with the operator at fault."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    innermost = first_line(chain[-1])
-    found = re.search(r"target=torch\.ops\.([\w.]+)", "\n".join(map(str, chain)))
-    if found is None:
-        return innermost
-    unknown = "No ONNX function" in innermost
-    return f"it has no operator for {found[1]}" if unknown else f"{found[1]}: {innermost}"
-
-
-def _clean(file: Any) -> None:
-    """Name operations after their modules, and free axes by what they are."""
-    names: set[str] = set()
-    for node in file.graph.node:
-        modules = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
-        if modules and modules[0] not in names:
-            node.name = modules[0]
-        names.add(node.name)
-    sides = file.graph.input[0].type.tensor_type.shape.dim
-    axes = {side.dim_param: _AXES[axis] for axis, side in enumerate(sides) if side.dim_param}
-    for value in (*file.graph.input, *file.graph.output):
-        for side in value.type.tensor_type.shape.dim:
-            if side.dim_param in axes:
-                side.dim_param = axes[side.dim_param]
-    del file.graph.value_info[:]  # follows from the rest
-
-
-def _cuda(onnxruntime: Any, device: torch.device, *, tf32: bool) -> list[Any]:
+def _cuda(onnxruntime: Any, device: str, *, tf32: bool) -> list[Any]:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return ["CPUExecutionProvider"]
-    options = {"device_id": device.index or 0, "use_tf32": int(tf32)}
+    options = {"device_id": int(device.partition(":")[2] or 0), "use_tf32": int(tf32)}
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]

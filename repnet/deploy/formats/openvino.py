@@ -7,18 +7,17 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from repnet import __version__
-from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.onnx import check_float16, onnx_file
-from repnet.deploy.formats.torch_export import ImageSpec
+from repnet.deploy.formats.base import ArrayRunner, ExportError, Format, ImageSpec, threads
 from repnet.deploy.signal_stack import signal_stack_kept
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Without the hint, OpenVINO takes bfloat16 on every CPU that has it. The float layers of an int8
 # file are in float32, so that what its gate measures is the quantization.
@@ -36,6 +35,7 @@ class OpenVino(Format):
     name = "openvino"
     extra = "openvino"
     packages = ("openvino", "onnx", "onnxscript", "onnxslim")
+    runtime = ("openvino",)
     suffix = ".xml"
     precisions = ("fp32", "fp16", "bf16")
     int8_packages = ("nncf",)
@@ -50,6 +50,8 @@ class OpenVino(Format):
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.require()
+        from repnet.deploy.formats.onnx_export import check_float16, onnx_file
+
         if precision == "fp16":
             check_float16(model)
         contents = onnx_file(model, example)
@@ -69,11 +71,11 @@ class OpenVino(Format):
         for key, value in {"producer": f"repnet {__version__}", **(metadata or {})}.items():
             converted.set_rt_info(value, ["model_info", key])
         openvino.save_model(converted, path, compress_to_fp16=precision == "fp16")
-        if example.dtype == torch.uint8:
+        if str(example.dtype) == "torch.uint8":
             _keep_float32(path, _preprocessing(converted))
 
-    def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> Runner:
-        self.require()
+    def load(self, path: Path, *, precision: str = "fp32", device: str = "cpu") -> ArrayRunner:
+        self.require(run=True)
         try:
             return _Compiled(path, precision)
         except Exception as error:  # a file may be damaged in many ways
@@ -82,14 +84,14 @@ class OpenVino(Format):
     def files(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
 
-    def require(self, *, int8: bool = False) -> None:
-        super().require(int8=int8)
+    def require(self, *, int8: bool = False, run: bool = False) -> None:
+        super().require(int8=int8, run=run)
         # Importing openvino or nncf would write to the home directory and report it to Google. They
         # do without this package where it is missing.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-class _Compiled:
+class _Compiled(ArrayRunner):
     """A file, compiled for one image at a time and, when they come, for batches of any size.
 
     A free batch size costs RepVGG-A0 0.3 ms of 13 (224 pixels, bf16, one core). Where height and
@@ -104,12 +106,12 @@ class _Compiled:
         self.settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": threads(),
             # Processes beside each other would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         images = self.model.input()
-        dtype = torch.from_numpy(np.empty(0, images.element_type.to_dtype())).dtype
+        dtype = np.dtype(images.element_type.to_dtype()).name
         sides = [side.get_length() if side.is_static else None for side in images.partial_shape]
         self.takes = ImageSpec(dtype, tuple(sides))
         self.has_single = sides[0] is None and None not in sides[1:]
@@ -118,11 +120,11 @@ class _Compiled:
         self.compiled = {self.has_single: self._compile(self.has_single)}
         self.lock = threading.Lock()  # a compiled model runs one request at a time
 
-    def __call__(self, images: Tensor) -> Tensor:
-        array = self.takes.check(images.detach().cpu()).numpy()
+    def run(self, images: np.ndarray) -> np.ndarray:
+        array = self.takes.check(images)
         parts = np.split(array, len(array)) if self.one_by_one and len(array) else [array]
         with self.lock:
-            return torch.from_numpy(np.concatenate([self._run(part) for part in parts]))
+            return np.concatenate([self._run(part) for part in parts])
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         single = self.has_single and len(images) == 1

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repnet.deploy.formats.base import ExportError, Format, Runner
-from repnet.deploy.formats.onnx import in_float16, onnx_file
-from repnet.deploy.formats.torch_export import ImageSpec
+from repnet.deploy.formats.base import ExportError, Format, ImageSpec, Runner
+from repnet.deploy.formats.onnx_export import in_float16, onnx_file
 from repnet.deploy.preprocess import Preprocessed
 
 MAX_BATCH = 256  # larger ones are split
@@ -102,7 +101,7 @@ class _Engine:
         (self.output,) = (name for name in names if not is_input[name])
         uint8 = engine.get_tensor_dtype(self.input) == tensorrt.DataType.UINT8
         shape = tuple(None if n < 0 else n for n in engine.get_tensor_shape(self.input))
-        self.takes = ImageSpec(torch.uint8 if uint8 else torch.float32, shape)
+        self.takes = ImageSpec("uint8" if uint8 else "float32", shape)
         _, _, largest = engine.get_tensor_profile_shape(self.input, 0)
         self.max_batch = largest[0]
         self.engine, self.context, self.device = engine, context, device  # the engine must live

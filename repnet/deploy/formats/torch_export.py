@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +14,9 @@ from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive._package import load_pt2
 
-from repnet.deploy.formats.base import ExportError, Format, Runner
+from repnet.deploy.formats.base import ExportError, Format, ImageSpec, Runner
 from repnet.deploy.preprocess import Preprocessed
-from repnet.errors import InputError, first_line
+from repnet.errors import first_line
 
 METADATA = "metadata.json"
 
@@ -54,7 +53,7 @@ class TorchExport(Format):
             program = load_pt2(str(path)).exported_programs["model"]
             if device != "cpu":
                 program = move_to_device_pass(program, device)
-            takes = ImageSpec.of(program)
+            takes = image_spec(program)
             module = program.module()
         except Exception as error:  # a file may be damaged in many ways
             raise ExportError(f"'{path}' cannot be loaded: {first_line(error)}") from error
@@ -66,51 +65,13 @@ class TorchExport(Format):
         return run
 
 
-@dataclass(frozen=True)
-class ImageSpec:
-    """What a file takes.
-
-    Args:
-        dtype: float32 or uint8.
-        shape: `(batch, channels, height, width)`, None for what is free.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int | None, ...]
-
-    @classmethod
-    def of(cls, program: ExportedProgram) -> ImageSpec:
-        """Return that of a program of one input."""
-        (name,) = program.graph_signature.user_inputs
-        (node,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == name)
-        value = node.meta["val"]
-        return cls(value.dtype, tuple(n if isinstance(n, int) else None for n in value.shape))
-
-    @classmethod
-    def loads(cls, text: str) -> ImageSpec:
-        """Return what `dumps` wrote."""
-        stored = json.loads(text)
-        return cls(getattr(torch, stored["dtype"]), tuple(stored["shape"]))
-
-    def dumps(self) -> str:
-        return json.dumps({"dtype": str(self.dtype).removeprefix("torch."), "shape": self.shape})
-
-    def check(self, images: Tensor) -> Tensor:
-        """Return the images, contiguous; compiled code would read others as if they were.
-
-        Raises:
-            InputError: of another dtype or shape.
-        """
-        fits = images.ndim == len(self.shape) and all(
-            size in (None, n) for size, n in zip(self.shape, images.shape, strict=True)
-        )
-        if not fits or images.dtype != self.dtype:
-            shape = ", ".join("any" if size is None else str(size) for size in self.shape)
-            raise InputError(
-                f"the images are {images.dtype} {tuple(images.shape)}, the file takes {self.dtype} "
-                f"({shape})"
-            )
-        return images.contiguous()
+def image_spec(program: ExportedProgram) -> ImageSpec:
+    """Return what a program of one input takes."""
+    (name,) = program.graph_signature.user_inputs
+    (node,) = (n for n in program.graph.nodes if n.op == "placeholder" and n.name == name)
+    value = node.meta["val"]
+    sides = tuple(n if isinstance(n, int) else None for n in value.shape)
+    return ImageSpec(str(value.dtype).removeprefix("torch."), sides)
 
 
 def exported_program(

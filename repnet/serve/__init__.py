@@ -1,0 +1,1 @@
+"""`repnet serve`: a deploy model behind HTTP, in any of its formats."""
