@@ -168,7 +168,7 @@ def test_a_line_per_epoch_tells_speed_waiting_and_memory(
 
 
 @pytest.mark.parametrize(
-    ("width", "end"), [(80, " 1 images/s"), (100, " data wait 25%"), (200, " MiB"), (None, " MiB")]
+    ("width", "end"), [(80, " 1 images/s"), (88, " data wait 25%"), (200, " MiB"), (None, " MiB")]
 )
 def test_the_line_of_an_epoch_fits_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int | None, end: str
@@ -176,8 +176,8 @@ def test_the_line_of_an_epoch_fits_the_terminal(
     monkeypatch.setattr("sys.stdout", screen := io.StringIO())
     monkeypatch.setattr(screen, "isatty", lambda: width is not None)
     monkeypatch.setenv("COLUMNS", str(width))
-    trainer(Work(Clock(monkeypatch)), History(tmp_path), max_epochs=120, max_steps=2, limit_train_batches=1,
-            limit_val_batches=1).fit(module(), images())  # fmt: skip
+    trainer(Work(Clock(monkeypatch)), History(tmp_path), max_epochs=120, max_steps=2,
+            limit_train_batches=1, limit_val_batches=1).fit(module(), images())  # fmt: skip
     lines = [line for line in screen.getvalue().splitlines() if line.startswith("epoch")]
     assert len(lines) == 2
     assert lines[0].startswith("epoch 1/120  loss ")
@@ -251,8 +251,8 @@ def test_the_bar_takes_one_line_of_80_columns_and_counts_epochs_from_1(
     console = {"file": screen, "force_terminal": True, "width": 80}
     bar = ThroughputBar(seconds=0, console_kwargs=console)
     run = trainer(
-        bar, History(tmp_path), enable_progress_bar=True, max_epochs=120, max_steps=4, limit_train_batches=2,
-        limit_val_batches=0,
+        bar, History(tmp_path), enable_progress_bar=True, max_epochs=120, max_steps=4,
+        limit_train_batches=2, limit_val_batches=0,
     )  # fmt: skip
     try:
         run.fit(module(), images(8))

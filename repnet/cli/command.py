@@ -26,6 +26,14 @@ from repnet.spec import CONFIGS, choices, unknown_name
 
 BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# Names of errors that explain themselves, beside those of bad input.
+_EXPECTED = {
+    "NonFiniteLossError",
+    "CheckpointWriteError",
+    "ExportError",
+    "OutOfMemoryError",
+    "PermissionError",
+}
 
 
 def run(
@@ -129,7 +137,7 @@ def exit_code(error: Exception) -> int | None:
         return BAD_INPUT
     if names & {"FoldMismatchError", "VerificationError"}:
         return REFUSED
-    return 1 if names & {"NonFiniteLossError", "CheckpointWriteError", "ExportError"} else None
+    return 1 if names & _EXPECTED else None
 
 
 def message_of(error: BaseException) -> str:
