@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUN := outputs/demo
 
-.PHONY: demo test check clean
+.PHONY: demo test check resolve clean
 
 demo: $(READY)  ## train a RepVGG on real digits, fold it, show that nothing changed
 	rm -rf $(RUN)
@@ -18,6 +18,10 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+EXTRAS := coreml,ray,timm
+resolve: $(READY)  ## can the extras that "dev" leaves out be installed with the constraints? (a network)
+	$(BIN)/pip install --quiet --disable-pip-version-check --dry-run -e ".[$(EXTRAS)]" -c constraints.txt
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

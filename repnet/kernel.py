@@ -467,7 +467,7 @@ def add(kernels: Sequence[ConvKernel]) -> ConvKernel:
         weight = kernels[whole].weight.to(dtype, copy=True)
     bias = None
     for n, (kernel, place) in enumerate(zip(kernels, places, strict=True)):
-        if n != whole:
+        if n != whole and not weight.is_meta:
             weight[place] += kernel.weight
         bias = _add_optional(bias, kernel.bias)
     return replace(geometry, weight=weight, bias=bias, precision=dtype)

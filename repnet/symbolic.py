@@ -258,6 +258,8 @@ def _batch_norm(
         raise NotFoldableError(
             "batch_norm without running statistics divides by those of its batch"
         )
+    if variance.is_meta:  # a shape, which torch would compute in Python, at a millisecond each
+        return _channelwise(x, variance, variance)
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * _exact(weight, x)

@@ -158,7 +158,6 @@ def test_unknown_names_are_answered_with_the_nearest(
     [
         ("data=mnist", "data.download=true"),
         ("data=imagefolder", "data.root is required"),
-        ("channels_last=true", "trainer.precision=bf16-mixed"),
         ("+optimizer.learning_rate=1", "learning_rate"),
         ("trainer.precision=8", "Precision"),
         ("resume=nowhere", "is not a run"),

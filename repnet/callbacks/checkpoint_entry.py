@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
+
+from repnet.lightning import Callback
 
 
 class CheckpointEntry(Callback):

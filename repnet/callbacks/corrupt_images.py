@@ -7,8 +7,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from repnet.lightning import Callback
 
-class CorruptImages(pl.Callback):
+
+class CorruptImages(Callback):
     """Print, after each epoch, the images newly found to be corrupt under `data.skip_corrupt=true`.
 
     Asks the data module's `corrupt_images()`, if it has such a method, which returns all that were

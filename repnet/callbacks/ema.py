@@ -6,14 +6,13 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from repnet.callbacks.folded_validation import validate_copy
 from repnet.errors import InputError
+from repnet.lightning import SHARDING, Callback, is_a
 
 Weights = Literal["ema", "raw"]
 
@@ -98,7 +97,7 @@ class EMAWeights(Callback):
         if stage != "fit":
             return
         self._forget()
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        if is_a(trainer.strategy, *SHARDING):
             raise InputError(
                 f"EMAWeights averages whole weights, and {type(trainer.strategy).__name__} shards "
                 "them; use the strategy ddp"
@@ -143,11 +142,11 @@ class EMAWeights(Callback):
         get_ema_multi_avg_fn(decay)(averages, weights, None)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == "fit":
             self.hold(pl_module, self.validate)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not (fitting and self.validate_other and self.averages):
             return
         if self.raw is None:
@@ -164,7 +163,7 @@ class EMAWeights(Callback):
         validate_copy(trainer, pl_module, other, copy)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == "fit":
             self.hold(pl_module, "raw")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,7 +227,7 @@ class EMAWeights(Callback):
         floating = [name for name, tensor in named.items() if _is_averaged(tensor)]
         self.averages = {name: sets["ema"][name] for name in floating}
         self.step, self.updates = entry["step"], entry["updates"]
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == "fit":
             with torch.no_grad():
                 _fill(named, {name: sets["raw"][name] for name in floating})
         elif saved == "ema":  # which Lightning has loaded

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
@@ -20,6 +20,7 @@ from repnet.callbacks.reparameterize import (
     step_arguments,
 )
 from repnet.fold import reparameterize
+from repnet.lightning import Callback
 
 
 class FoldedValidation(Callback):

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.callbacks.reparameterize import find_network
 from repnet.errors import InputError
+from repnet.lightning import Callback
 from repnet.surgery import Where
 
 

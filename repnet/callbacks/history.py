@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
 from repnet.callbacks.drawing import (
     BLUE,
@@ -27,6 +27,7 @@ from repnet.callbacks.drawing import (
 from repnet.callbacks.pictures import send_picture
 from repnet.callbacks.progress import StepTimer, batch_size, epoch_of, peak_memory
 from repnet.files import write_text
+from repnet.lightning import Callback
 
 COLUMNS = (
     "epoch",

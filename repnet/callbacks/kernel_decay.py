@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +20,7 @@ from repnet.equivalence import Inputs
 from repnet.errors import InputError
 from repnet.fold import reparameterize
 from repnet.fold.observe import without_values
+from repnet.lightning import SHARDING, Callback, is_a
 from repnet.surroundings import prepared
 from repnet.symbolic import kernel_of, twin
 
@@ -72,8 +72,7 @@ class EquivalentKernelDecay(Callback):
         self._whole: dict[Optimizer, list[dict[str, Any]]] = {}  # groups of those that step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sharding = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-        if isinstance(trainer.strategy, sharding):
+        if is_a(trainer.strategy, *SHARDING):
             raise InputError(
                 f"EquivalentKernelDecay needs whole weights, and {type(trainer.strategy).__name__} "
                 "shards them; use ddp"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
 
 from repnet.files import sweep_leftovers
+from repnet.lightning import Checkpoint
 
 
 class LastCheckpoint(Checkpoint):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repnet.checkpoint import save_checkpoint
+from repnet.lightning import Callback
 
 
 class NonFiniteLossError(RuntimeError):

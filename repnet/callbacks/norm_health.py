@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from repnet.callbacks.reparameterize import as_example, find_network, network_inputs
 from repnet.equivalence import FoldMismatchError
 from repnet.fold import reparameterize
 from repnet.health import norm_health
+from repnet.lightning import Callback
 
 
 class NormHealth(Callback):

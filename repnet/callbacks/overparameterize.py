@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
+from repnet.lightning import Callback
 from repnet.surgery import MakeBlock, Where, insert_blocks
 
 _NOT_TRAINED = ("loss", "criterion", "metric")
@@ -54,8 +54,7 @@ class OverParameterize(Callback):
         self.replaced: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()  # Lightning calls it again, and it does nothing then
+        pl_module.configure_model()  # Lightning calls it again, and it does nothing then
         network: nn.Module = pl_module
         parent = None
         if self.attribute is not None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from repnet.callbacks.drawing import draw_classes, draw_confusions, draw_worst, most_confused
 from repnet.callbacks.reparameterize import find_network
 from repnet.files import write_text
+from repnet.lightning import Callback, is_a
 from repnet.text import printable
 
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -196,15 +196,15 @@ def send_picture(loggers: Sequence[Any], path: str | Path, step: int = 0) -> Non
     """
     path = Path(path)
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_a(logger, "TensorBoardLogger"):
             from PIL import Image
 
             with Image.open(path) as image:
                 pixels = numpy.asarray(image.convert("RGB"))
             logger.experiment.add_image(path.stem, pixels, step, dataformats="HWC")
-        elif isinstance(logger, WandbLogger):
+        elif is_a(logger, "WandbLogger"):
             logger.log_image(path.stem, [str(path)])
-        elif isinstance(logger, MLFlowLogger):
+        elif is_a(logger, "MLFlowLogger"):
             logger.experiment.log_artifact(logger.run_id, str(path), "pictures")
 
 

@@ -16,6 +16,8 @@ from rich.table import Column
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from repnet.lightning import EitherLightning
+
 WIDE = 160  # columns of a terminal that has room for a long bar beside the metrics
 
 
@@ -52,7 +54,7 @@ class StepTimer:
         self.last = now
 
 
-class ThroughputBar(RichProgressBar):
+class ThroughputBar(EitherLightning, RichProgressBar):
     """Also shows the loss of the step, images/s of all devices, data wait and memory.
 
     Takes one line; a terminal that is not wide gets the loss and images/s. Epochs count from 1.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from repnet.callbacks.reparameterize import find_network
 from repnet.data.augment import ProgressiveRandAugment
 from repnet.errors import InputError
+from repnet.lightning import Callback
 
 T = TypeVar("T")
 ByEpoch = Mapping[int, T] | Iterable[tuple[int, T]]

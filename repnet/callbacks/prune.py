@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
 from repnet.errors import InputError
 from repnet.files import write_json
+from repnet.lightning import Callback
 
 
 class PruneTrial(Callback):

@@ -7,8 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,6 +16,7 @@ from repnet.deploy.int8.fake import quantized_activation, quantized_weight
 from repnet.deploy.int8.plain import fold_branches
 from repnet.errors import InputError
 from repnet.layers import Sum
+from repnet.lightning import Callback
 
 
 class QuantizationAware(Callback):
@@ -67,8 +67,7 @@ class QuantizationAware(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()  # Lightning calls it again, and it does nothing then
+        pl_module.configure_model()  # Lightning calls it again, and it does nothing then
         network = find_network(pl_module, self.attribute)
         if self.batches is not None:
             self.folded = fold_branches(network, self.batches) or self.folded

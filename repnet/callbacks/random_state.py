@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+
+from repnet.lightning import Checkpoint
 
 
 class RandomState(Checkpoint):

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +19,7 @@ from repnet.callbacks.ema import hold_chosen
 from repnet.callbacks.reparameterize import find_network, network_inputs
 from repnet.equivalence import Inputs
 from repnet.errors import InputError
+from repnet.lightning import Callback
 
 
 class BatchNormRecalibration(Callback):
@@ -68,7 +68,7 @@ class BatchNormRecalibration(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Later than `on_validation_start`, in which averaged weights are put into the network.
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if self.every_validation and fitting:
             self._recalibrate(trainer, pl_module)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from repnet.callbacks.overparameterize import metrics_and_losses
 from repnet.equivalence import Equivalence, FoldMismatchError, Inputs, compare
 from repnet.files import write_atomically, write_json
 from repnet.fold import FoldReport, reparameterize
+from repnet.lightning import Callback
 from repnet.symbolic import evaluating
 
 # Predictions that change while all outputs agree this well, in roundings of the dtype, are ties.

@@ -11,13 +11,14 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from repnet.checkpoint import save_checkpoint
+from repnet.lightning import EitherLightning
 
 
 class CheckpointWriteError(RuntimeError):
     """A checkpoint could not be written; the one before it is as it was."""
 
 
-class SafeCheckpointIO(TorchCheckpointIO):
+class SafeCheckpointIO(EitherLightning, TorchCheckpointIO):
     """Write atomically and read back; load tensors and plain data only.
 
     Example:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+
+from repnet.lightning import Checkpoint
 
 
 class SaveOnInterrupt(Checkpoint):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 
 from repnet.errors import InputError
+from repnet.lightning import Callback
 
 INITIAL = "initial_weight_decay"  # of a group, beside torch's `initial_lr`; checkpoints hold both
 

@@ -102,7 +102,7 @@ def _data(cfg: DictConfig, saved: Any, described: dict[str, Any], trust: list[st
 
     Images are normalized, and scaled where the config does not say, as in training.
     """
-    from repnet.data import ImageDataModule
+    from repnet.data import as_image_data
 
     overrides = [text.lstrip("+").partition("=")[0] for text in HydraConfig.get().overrides.task]
     own = {"data", "experiment"} & set(overrides)
@@ -122,12 +122,10 @@ def _data(cfg: DictConfig, saved: Any, described: dict[str, Any], trust: list[st
         )
     spec.pop("augment", None)  # training only
     try:
-        data = build(spec, allowed=None if own else (*DATA_PACKAGES, *trust))
+        data = as_image_data(build(spec, allowed=None if own else (*DATA_PACKAGES, *trust)))
     except InputError as error:
         hint = "" if own else "; add data=NAME to the command to choose another data set"
         raise InputError(f"the data of '{cfg.eval}': {error}{hint}") from error
-    if not isinstance(data, ImageDataModule):
-        raise InputError(f"{spec.get('_target_')} is not an ImageDataModule")
     mean, std = described.get("mean"), described.get("std")
     if own and mean and std and len(mean) == len(data.mean):
         data.mean, data.std = list(mean), list(std)  # what the network was trained on

@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from repnet.data.batch_augment import BatchTransform
 from repnet.data.sampling import EpochLoader, EvaluationBatches, SeededDataset, TrainBatches
 from repnet.errors import InputError
+from repnet.lightning import EitherLightning
 
 Augment = Callable[[Tensor], Tensor]
 Splits = tuple[Dataset[Any], Dataset[Any], Dataset[Any]]
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class ImageDataModule(EitherLightning, LightningDataModule, ABC):
     """Three splits of labelled images, each with its loader.
 
     A subclass implements `load`. After `setup`, `class_names` and `input_shape` are known. Each
@@ -171,6 +172,9 @@ class ImageDataModule(LightningDataModule, ABC):
         assert self.splits is not None
         return self.splits[index]
 
+    def _collate(self, split: Any) -> Any:
+        return _keep if isinstance(split, TensorImages) else None
+
     def _loader(self, split: Any, batches: Any, *, train: bool = False) -> DataLoader[Any]:
         if self.on_device and self.trainer is not None:
             split = split.to(self.trainer.strategy.root_device)
@@ -180,7 +184,7 @@ class ImageDataModule(LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available() and not self.on_device,
-            collate_fn=_keep if isinstance(split, TensorImages) else None,
+            collate_fn=self._collate(split),
             generator=torch.Generator(),  # else each start would draw from the global one
         )
 

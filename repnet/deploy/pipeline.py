@@ -21,7 +21,7 @@ from torch.backends import cudnn
 from repnet import __version__
 from repnet.callbacks.recalibration import recalibrate_batch_norm
 from repnet.checkpoint import choose_weights, find_checkpoint, model_from, read_checkpoint
-from repnet.data import ImageDataModule
+from repnet.data import ImageDataModule, as_image_data
 from repnet.deploy import findings
 from repnet.deploy.artifact import DESCRIPTION, PAGE, REPORT, load_deployed, save_deployed
 from repnet.deploy.device import hardware, usable_device
@@ -306,11 +306,9 @@ def _data(
         spec.pop(unneeded, None)
     spec |= {key: value for key, value in settings.data.items() if value is not None}
     try:
-        data = build(spec, allowed=(*DATA_PACKAGES, *settings.trust))
+        data = as_image_data(build(spec, allowed=(*DATA_PACKAGES, *settings.trust)))
     except Exception as error:  # the arguments came out of the file too, and may be anything
         raise InputError(f"{path}: {error}") from error
-    if not isinstance(data, ImageDataModule):
-        raise InputError(f"{path}: its 'data' entry does not describe a data set")
     data.setup()
     if list(data.input_shape) != list(shape):
         raise InputError(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from repnet.errors import InputError
+from repnet.lightning import LightningModule
 from repnet.training.objectives import Objective, Supervised
 from repnet.training.parameter_groups import repvgg_parameter_groups, scale_learning_rates
+from repnet.training.sliced import SlicedPointwise
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
@@ -90,11 +92,17 @@ class Classifier(LightningModule):
         images, labels = batch
         if self.mix is not None:
             images, labels = self.mix(images, labels)
-        loss = self.objective(self.forward, images, labels)
+        with self._safely():
+            loss = self.objective(self.forward, images, labels)
         # Summed here and logged once, which is much cheaper than a log of each step.
         self.loss_sum = self.loss_sum + loss.detach()
         self.loss_steps += 1
         return loss
+
+    def _safely(self) -> AbstractContextManager[Any]:
+        """Return a context without the operator that crashes in channels_last on a CPU."""
+        last = self.memory_format is torch.channels_last
+        return SlicedPointwise() if last and self.device.type == "cpu" else nullcontext()
 
     def on_train_batch_end(self, *args: Any) -> None:
         trainer = self.trainer

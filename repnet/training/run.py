@@ -40,6 +40,7 @@ from repnet.callbacks import (
 from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
 from repnet.complexity import count_parameters
 from repnet.config import validated
+from repnet.data import as_image_data
 from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
 from repnet.files import sweep_leftovers
@@ -122,7 +123,7 @@ def _train(
     record = config  # what the run is known by
     if resume:
         config = _confined(config, directory)
-    data = build(config["data"])
+    data = as_image_data(build(config["data"]))
     data.setup()
     data.train_dataloader()  # refuses batches that the data cannot fill, before anything is written
     config, model = build_model(config, data)
@@ -383,11 +384,7 @@ def _on_cpu(config: dict[str, Any]) -> bool:
 
 
 def _refuse_impossible(config: dict[str, Any]) -> None:
-    """Refuse what a CPU cannot do: half precision, float32 in channels_last, many processes.
-
-    torch 2.13 and 2.14 end in a segmentation fault in the backward pass of a 1x1 stride-2
-    convolution of 3 or 4 channels, the stem of these networks (oneDNN).
-    """
+    """Refuse what a CPU cannot do: half precision, many processes, slices that are recomputed."""
     if not _on_cpu(config):
         return
     devices, cores = config["trainer"].get("devices"), os.cpu_count() or 1
@@ -401,10 +398,10 @@ def _refuse_impossible(config: dict[str, Any]) -> None:
         raise InputError(
             f"trainer.precision={precision} needs a GPU; on the CPU use bf16-mixed or 32-true"
         )
-    if config["channels_last"] and "bf16" not in precision:
+    if config["channels_last"] and config.get("checkpoint_activations"):
         raise InputError(
-            "channels_last=true in float32 on the CPU crashes torch in the stem's backward pass; "
-            "use trainer.precision=bf16-mixed, or channels_last=false"
+            "channels_last=true on a CPU cannot be combined with checkpoint_activations, which "
+            "computes again what is replaced there, strided 1x1 convolutions; leave out one"
         )
 
 
