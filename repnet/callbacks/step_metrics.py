@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from repnet.callbacks.progress import StepTimer, batch_size
+from repnet.lightning import Callback
 
 
 class StepMetrics(Callback):

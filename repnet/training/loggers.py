@@ -9,9 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import loggers as lightning
+import pytorch_lightning as pl
 
 from repnet.errors import InputError
+from repnet.lightning import is_a
 from repnet.spec import build
 
 # Logger and the module that it needs; the extra of repnet has the name that the error gives.
@@ -24,7 +25,7 @@ _NEEDS = {
 _KEPT = ("name", "version", "project", "group", "experiment_name", "run_name", "offline")
 
 
-class TensorBoardLogger(lightning.TensorBoardLogger):
+class TensorBoardLogger(pl.loggers.TensorBoardLogger):
     """Writes the training and the test into one event file; Lightning starts a file for each."""
 
     def save(self) -> None:
@@ -82,7 +83,7 @@ def log_hyperparameters(loggers: Sequence[Any], config: dict[str, Any]) -> None:
     """Send the config of a run to its loggers."""
     for logger in loggers:
         # A resumed run goes on in its MLflow run, which takes each parameter only once.
-        taken = isinstance(logger, lightning.MLFlowLogger) and (
+        taken = is_a(logger, "MLFlowLogger") and (
             logger.experiment.get_run(logger.run_id).data.params
         )
         if not taken:
