@@ -235,7 +235,12 @@ class Training(_Closed):
     channels_last: bool = Field(
         False, description="faster on GPUs and in bfloat16; measure it for each model"
     )
-    pretrained: str | None = Field(None, description="file of weights to start from")
+    freeze: list[str] = Field(
+        [], description="globs for parts that are not trained: [stem, stages]"
+    )
+    pretrained: str | None = Field(
+        None, description="a run, a checkpoint or a file of weights to start from"
+    )
     pretrained_head: bool = Field(False, description="start with the classifier of that file, too")
     lr_find: bool = Field(False, description="look for a learning rate instead of training")
     lr_scaling: LearningRateScaling | None = Field(

@@ -223,6 +223,55 @@ def test_image_folder_refuses_what_does_not_fit(tmp_path: Path) -> None:
         ImageFolder(str(root)).setup()
 
 
+def test_images_of_each_class_are_held_out_where_there_is_no_val_folder(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"train": ["cat", "dog", "owl"]})
+    for index in range(3, 20):
+        shutil.copy(root / "train" / "cat" / "0.png", root / "train" / "cat" / f"{index}.png")
+    for index in (1, 2):
+        (root / "train" / "owl" / f"{index}.png").unlink()
+    opened = []
+    for share in (0.1, 0.1, 0.4):
+        data = ImageFolder(str(root), image_size=16, val_share=share)
+        data.setup()
+        assert data.splits is not None
+        train, val, test = data.splits
+        assert test is val
+        names = [{images.names[i] for i in range(len(images))} for images in (train, val)]
+        assert not names[0] & names[1]
+        assert names[0] | names[1] == {str(p.relative_to(root / "train"))
+                                       for p in root.rglob("*.png")}  # fmt: skip
+        opened.append((train.labels.bincount().tolist(), val.labels.bincount().tolist(), names[1]))
+    assert opened[0] == opened[1]  # the same in every run
+    assert opened[0][:2] == ([18, 2, 1], [2, 1])  # of one owl none is held out
+    assert opened[2][:2] == ([12, 2, 1], [8, 1])
+    assert data.splits[0].transform.steps == data.augment  # type: ignore[attr-defined]
+    assert data.splits[1].transform.steps != data.augment  # type: ignore[attr-defined]
+    assert data.notes[0].startswith("9 of the training images, 40% of each class, validate, as ")
+    assert "the test images are the validation images" in data.notes[1]
+    (root / "test").symlink_to(root / "train")
+    data = ImageFolder(str(root), image_size=16)
+    data.setup()
+    assert len(data.notes) == 1  # it has test images
+
+
+def test_what_cannot_be_held_out_is_refused(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"train": ["cat", "dog"], "valid": ["cat", "dog"]})
+    with pytest.raises(InputError, match="valid' is not read; rename it to val"):
+        ImageFolder(str(root)).setup()
+    shutil.rmtree(root / "valid")
+    for share in (0.0, 1.0, -1):
+        with pytest.raises(InputError, match=f"data.val_share={share} must lie between 0 and 1"):
+            ImageFolder(str(root), val_share=share)
+    (root / "train" / "cat" / "0.png").write_bytes(b"")
+    data = ImageFolder(str(root), image_size=16, skip_corrupt=True)
+    data.setup()
+    assert data.corrupt_images() == [str(root / "train" / "cat" / "0.png")]  # once
+    for path in root.rglob("[01].png"):
+        path.unlink()
+    with pytest.raises(InputError, match="no class in '.*train' has two images"):
+        ImageFolder(str(root)).setup()
+
+
 CORRUPT = [b"not an image", b"\x89PNG\r\n\x1a\n truncated", jpeg()[:-100], jpeg()[:9]]
 
 

@@ -109,7 +109,8 @@ def test_other_data_are_prepared_as_in_training(
     monkeypatch.setattr(
         "repnet.training.evaluate.evaluate",
         lambda model, data, config, directory: seen.append(data) or {
-            "test": {"top1": 0.5, "top5": 1.0, "loss": 1.0}, "samples": 6, "parameters": 1
+            "test": {"top1": 0.5, "f1": 0.4, "loss": 1.0}, "recall": {}, "samples": 6,
+            "parameters": 1,
         },
     )  # fmt: skip
     arguments = [

@@ -110,7 +110,9 @@ def test_every_prediction_is_seen_once(tmp_path: Path, drawn: dict[str, tuple[An
         of_class = labels == index
         assert row["class"] == str(index)
         assert int(row["images"]) == of_class.sum()
-        assert float(row["top1"]) == pytest.approx(right[of_class].float().mean().item(), abs=1e-6)
+        assert float(row["recall"]) == pytest.approx(
+            right[of_class].float().mean().item(), abs=1e-6
+        )
         taken = logits.argmax(1) == index
         if taken.any():
             precision = right[taken].float().mean().item()

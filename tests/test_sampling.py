@@ -19,7 +19,13 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from repnet.data import FakeImages
-from repnet.data.sampling import Batch, EvaluationBatches, SeededDataset, TrainBatches
+from repnet.data.sampling import (
+    Batch,
+    EvaluationBatches,
+    SeededDataset,
+    TrainBatches,
+    balanced_order,
+)
 from repnet.errors import InputError
 from repnet.training import Classifier
 from tests.commands import environment
@@ -227,3 +233,39 @@ def test_processes_skip_the_same_steps(processes: tuple[Path, Any]) -> None:
     batch = torch.load(directory / "poisoned_1.pt", weights_only=True)
     assert batch["step"] == 2
     assert not (directory / "poisoned.pt").exists()
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=60).map(lambda x: x * 12), st.integers(0, 3)
+)
+def test_classes_are_drawn_equally_often(classes: list[int], seed: int) -> None:
+    labels = torch.tensor(classes)
+    order = balanced_order(labels, torch.Generator().manual_seed(seed))
+    again = balanced_order(labels, torch.Generator().manual_seed(seed))
+    assert torch.equal(order, again)
+    assert len(order) == len(labels)
+    drawn = labels[order].bincount(minlength=5)[labels.unique()]
+    times = order.bincount(minlength=len(labels))
+    if len(labels) % len(drawn):
+        assert drawn.max() - drawn.min() < len(drawn)  # what the last draws leave out
+        return
+    assert len(drawn.unique()) == 1
+    for label in labels.unique():
+        of_class = times[labels == label]
+        assert of_class.max() - of_class.min() <= 1  # none again before all the others
+
+
+def test_a_data_module_draws_classes_equally_often() -> None:
+    labels = torch.tensor([0] * 36 + [1] * 10 + [2] * 2)
+    for balanced, expected in ((False, [36, 10, 2]), (True, [16, 16, 16])):
+        data = FakeImages(train_size=48, classes=3, batch_size=8, balanced=balanced)
+        data.setup()
+        data.splits[0].labels = labels  # type: ignore[index]
+        loader = data.train_dataloader()
+        epochs = []
+        for epoch in range(2):
+            loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+            epochs.append(torch.cat([batch for _, batch in loader]))
+            assert epochs[-1].bincount().tolist() == expected
+        assert not torch.equal(*epochs)
+        assert data.class_counts() == [36, 10, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -54,6 +55,10 @@ def test_a_run_leaves_everything_that_is_promised(finished: tuple[Path, str]) ->
     logged = events.read_bytes()
     for tag in (b"train/loss_step", b"images_per_second", b"lr-SGD/", b"optimizer/lr"):
         assert tag in logged
+    assert result["recall"].keys() == {str(n) for n in range(10)}
+    name, lowest = min(result["recall"].items(), key=lambda item: item[1])
+    assert re.search(rf"lowest of classes +│ +{lowest:.2%}, {name} │", output)
+    assert re.search(rf"test F1, mean of classes +│ +{result['test']['f1']:.2%} │", output)
     last = output.strip().splitlines()[-1]
     assert last == f"python deploy.py ckpt={directory}/checkpoints/best.ckpt"
 

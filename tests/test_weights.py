@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -225,6 +226,72 @@ def test_timm_agrees(name: str) -> None:
         assert relative_error(expected, ours(image)) < 1e-10
         assert_same(convert_weights(ours.state_dict(), to="timm"), theirs.state_dict())
         theirs.load_state_dict(convert_weights(ours.state_dict(), to="timm"), strict=True)
+
+
+# ResNets of torchvision and timm, which have the same names.
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_resnets_agree(library: str, name: str, tmp_path: Path) -> None:
+    if library == "timm":
+        made = pytest.importorskip("timm").create_model(name)
+    else:
+        made = torchvision.models.get_model(name)
+    theirs, ours = randomize_batch_norm(made).double(), create_model(name).double().eval()
+    torch.save(theirs.state_dict(), tmp_path / "published.pth")
+    report = load_weights(ours, tmp_path / "published.pth")
+    assert (report.format, report.form) == ("torchvision", "train")
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert relative_error(theirs(image), ours(image)) < 1e-10
+    for form in ("torchvision", "timm"):
+        assert_same(convert_weights(ours.state_dict(), to=form), theirs.state_dict())
+    own, published = (read_weights(model.state_dict()) for model in (ours, theirs))
+    assert (own.format, published.family, own.family) == ("repnet", "resnet", "resnet")
+    assert guess_name(own.tensors) == guess_name(published.tensors) == name
+
+
+def test_other_resnets_are_refused_by_name() -> None:
+    model = create_model("resnet18")
+    with torch.device("meta"):
+        others = {name: torchvision.models.get_model(name).state_dict()
+                  for name in ("resnet34", "resnet50")}  # fmt: skip
+    assert "'layer1.0.conv3.weight' is the third convolution of a bottle" in refusal(
+        model, others["resnet50"]
+    )
+    assert "weights of 'resnet34'" in refusal(model, others["resnet34"])
+    # REFERENCE: names of timm's resnet18d, whose stem has three convolutions.
+    deep = {"conv1.0.weight": torch.ones(32, 3, 3, 3), "layer1.0.conv1.weight": torch.ones(1)}
+    assert "'conv1.0.weight'; it belongs to another network" in refusal(model, deep)
+    with pytest.raises(InputError, match="has names for resnet only, this is repvgg"):
+        convert_weights(small("repvgg").state_dict(), to="torchvision")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("family", SMALL)
+def test_the_stem_is_fitted_to_other_channels(family: str, channels: int) -> None:
+    source, model = small(family), small(family, in_channels=channels)
+    message = refusal(model, source.state_dict())
+    assert "stem" in message
+    report = load_weights(model, source.state_dict(), adapt_input=True)
+    stems = [key for key in model.state_dict() if key.startswith("stem") and "conv.weight" in key]
+    assert list(report.adapted) == stems
+    assert f"fitted to the image's channels: {', '.join(stems)}" in str(report)
+    gray = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    images = [gray.expand(-1, n, -1, -1) for n in (3, channels)]
+    assert relative_error(source(images[0]), model(images[1])) < 1e-10
+    if channels > 3:  # the file's channels are told apart as before
+        for key in stems:
+            torch.testing.assert_close(
+                model.state_dict()[key][:, :3], source.state_dict()[key] * 3 / channels
+            )
+
+
+def test_an_inner_layer_is_not_fitted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    with pytest.raises(InputError, match=r"'0\.weight' is \(8, 3, 3, 3\)"):
+        load_weights(model, other.state_dict(), adapt_input=True)
 
 
 # Blocks of ACNet and Diverse Branch Block, inside any network.
@@ -474,6 +541,8 @@ def test_a_backbone_is_taken_out_by_its_prefix() -> None:
     with pytest.raises(InputError, match=r"'loss\.weight'; prefix='model\.' takes only"):
         load_weights(model, mixed)
     load_weights(model, mixed, prefix="model.")
+    load_weights(model, {"state_dict": mixed, "repnet": {}})  # a checkpoint of repnet's
+    assert_same(model.state_dict(), source.state_dict())
 
 
 def test_a_model_of_ones_own_keeps_its_prefix() -> None:
@@ -549,7 +618,7 @@ def test_another_number_of_classes_is_named_and_can_be_left() -> None:
     before = model.head.weight.clone()
     report = load_weights(model, state, head=False)
     assert report.left == ("head.weight", "head.bias")
-    assert "left as they were: head.weight, head.bias" in str(report)
+    assert "new, not taken from the state dict: head.weight, head.bias" in str(report)
     torch.testing.assert_close(model.head.weight, before, rtol=0, atol=0)
     assert_same(model.stages.state_dict(), source.stages.state_dict())
     backbone = {key: value for key, value in state.items() if "linear" not in key}
@@ -613,7 +682,7 @@ def test_what_super_gradients_adds_or_lacks_is_refused_by_name() -> None:
     model = small("repvgg")
     state = foreign(model, "super-gradients", "repvgg")
     message = refusal(model, state | {"stem.alpha": torch.ones(1)})
-    assert "'stem.alpha' is a trained weight of the 1x1 branch, which the repvgg" in message
+    assert "'stem.alpha' is a trained weight of the 1x1 branch, which repnet's repvgg" in message
     message = refusal(model, state | {"stage1.0.post_bn.weight": torch.ones(1)})
     assert "QARepVGG" in message
     with torch.device("meta"):

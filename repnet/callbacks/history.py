@@ -36,7 +36,7 @@ COLUMNS = (
     "train/loss",
     "val/loss",
     "val/top1",
-    "val/top5",
+    "val/f1",
     "images_per_second",
     "data_wait",
     "memory_mib",

@@ -255,7 +255,7 @@ def _table(labels: numpy.ndarray, predictions: numpy.ndarray, names: Sequence[st
         mistakes.setdefault(true, (wrong, count))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["class", "images", "top1", "precision", "mistaken_for", "mistakes"])
+    writer.writerow(["class", "images", "recall", "precision", "mistaken_for", "mistakes"])
     for index, name in enumerate(names):
         wrong, count = mistakes.get(index, (-1, 0))
         writer.writerow(

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from repnet.cli import command
+from repnet.cli.scores import add_scores
 from repnet.config import validated
 from repnet.errors import InputError
 from repnet.files import write_json
@@ -181,8 +182,7 @@ def _summarize(result: dict[str, Any], directory: Path) -> None:
     table = Table(title="Evaluation", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("top-1", f"[bold]{result['test']['top1']:.2%}[/bold]")
-    table.add_row("top-5", f"{result['test']['top5']:.2%}")
+    add_scores(table, result)
     table.add_row("loss", f"{result['test']['loss']:.4f}")
     table.add_row("images", f"{result['samples']:,}")
     table.add_row("parameters", f"{result['parameters']:,}")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repnet.cli import command, evaluate, explain, sweep, trials
 from repnet.cli.saved_config import read_config
+from repnet.cli.scores import add_scores, percent
 from repnet.config import packages_to_trust
 from repnet.errors import InputError
 from repnet.files import write_json
@@ -232,10 +233,8 @@ def _summarize(result: dict[str, Any], trust: dict[str, list[str]]) -> None:
     table = Table(title="Training finished", title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    share = lambda value: "-" if value is None else f"{value:.2%}"
-    table.add_row("test top-1", f"[bold]{share(result['test']['top1'])}[/bold]")
-    table.add_row("test top-5", share(result["test"]["top5"]))
-    table.add_row("best validation top-1", share(result["val"]["top1"]))
+    add_scores(table, result, "test ")
+    table.add_row("best validation top-1", percent(result["val"]["top1"]))
     table.add_row("epochs", str(result["epochs"]))
     table.add_row("training speed", f"{result['images_per_second']:,.0f} images/s")
     table.add_row("wall time", f"{result['wall_seconds']:.1f} s")

@@ -37,6 +37,8 @@ class ImageDataModule(EitherLightning, LightningDataModule, ABC):
         augment: v2 transforms, applied in order to each training image, uint8 `(channels, height,
             width)`; a `BatchTransform` is given whole batches of images in memory.
         on_device: keep images in memory on the training device, and augment there.
+        balanced: draw the training images of each class equally often; those of a rare class come
+            several times in an epoch, of a frequent one some are left for the next.
     """
 
     class_names: list[str]
@@ -51,14 +53,17 @@ class ImageDataModule(EitherLightning, LightningDataModule, ABC):
         num_workers: int = 0,
         augment: Sequence[Augment] | None = (),
         on_device: bool = False,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
+        self.balanced = balanced
         self.on_device = on_device
         self.mean, self.std = list(mean), list(std)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.augment = list(augment or ())
         self.splits: Splits | None = None
+        self.notes: list[str] = []  # what one should know of the splits
 
     @abstractmethod
     def load(self) -> Splits:
@@ -78,10 +83,20 @@ class ImageDataModule(EitherLightning, LightningDataModule, ABC):
                     "images one by one"
                 )
             self.splits = splits
+            if splits[1] is splits[2]:
+                self.notes.append(
+                    "the test images are the validation images, which choose the best checkpoint: "
+                    "its accuracy comes out too high"
+                )
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def class_counts(self) -> list[int]:
+        """Return the number of training images of each class."""
+        labels: Tensor = self._split(0).labels
+        return labels.bincount(minlength=self.num_classes).tolist()
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint tells of the data: input shape, normalization, class names."""
@@ -104,6 +119,7 @@ class ImageDataModule(EitherLightning, LightningDataModule, ABC):
             self.batch_size,
             seed=torch.initial_seed(),
             shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            labels=split.labels if self.balanced else None,
             **self._share(),
         )
         return self._loader(split, batches, train=True)
@@ -258,6 +274,24 @@ def split_indices(n: int, held_out: int) -> tuple[list[int], list[int]]:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(n, generator=generator).tolist()
     return order[held_out:], order[:held_out]
+
+
+def stratified_split(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
+    """Return the indices of a fixed random split of each class: `(rest, held out)`, both in order.
+
+    Of a class with two images or more at least one is held out, and one is not.
+
+    Args:
+        labels: int64 `(n,)`.
+        share: of the images of each class that is held out, in (0, 1).
+    """
+    generator = torch.Generator().manual_seed(0)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        size = min(max(1, round(share * len(members))), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:size]]] = True
+    return (~held_out).nonzero().flatten().tolist(), held_out.nonzero().flatten().tolist()
 
 
 def _keep(batch: Any) -> Any:

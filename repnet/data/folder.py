@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from repnet.data.base import Splits
+from repnet.data.base import Splits, stratified_split
 from repnet.data.decoding import SUFFIXES
 from repnet.data.encoded import EncodedDataModule, EncodedImages, Names
 from repnet.errors import InputError
@@ -21,27 +21,51 @@ from repnet.text import printable
 
 
 class ImageFolder(EncodedDataModule):
-    """`ROOT/train/CLASS/IMAGE`, `ROOT/val/CLASS/IMAGE` and, if there is one, `ROOT/test/...`.
+    """`ROOT/train/CLASS/IMAGE` and, where they are there, `ROOT/val/...` and `ROOT/test/...`.
 
-    Without a test folder the validation images are the test images, as is usual for ImageNet.
+    Without a val folder a share of each class's training images validates, the same ones in every
+    run. Without a test folder the validation images are the test images, as is usual for ImageNet.
     A class may have folders within; names that begin with a dot are passed over.
 
     Args:
         root: directory with the split folders.
+        val_share: of the training images of each class, where there is no val folder.
         **options: of `EncodedDataModule`.
     """
 
-    def __init__(self, root: str, **options: Any) -> None:
+    def __init__(self, root: str, *, val_share: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
+        if not 0 < val_share < 1:
+            raise InputError(f"data.val_share={val_share} must lie between 0 and 1")
         self.root = Path(root)
+        self.val_share = val_share
 
     def load(self) -> Splits:
-        train = self._open("train")
-        val = self._open("val")
-        test = self._open("test") if (self.root / "test").is_dir() else val
+        train, val = self._train_and_val()
+        test = self._images(self._scan("test")) if (self.root / "test").is_dir() else val
         return train, val, test
 
-    def _open(self, split: str) -> FolderImages:
+    def _train_and_val(self) -> tuple[FolderImages, FolderImages]:
+        listing = self._scan("train")
+        if (self.root / "val").is_dir():
+            return self._images(listing, train=True), self._images(self._scan("val"))
+        for name in ("valid", "validation"):
+            if (self.root / name).is_dir():
+                raise InputError(f"'{self.root / name}' is not read; rename it to val")
+        rest, held_out = stratified_split(listing.labels, self.val_share)
+        if not held_out:
+            raise InputError(
+                f"there is no '{self.root / 'val'}', and no class in '{listing.folder}' has two "
+                "images, one of which could validate"
+            )
+        self.notes.append(
+            f"{len(held_out):,} of the training images, {self.val_share:.0%} of each class, "
+            f"validate, as there is no '{self.root / 'val'}'"
+        )
+        val = replace(listing.part(held_out), empty_files=[])  # they count once
+        return self._images(listing.part(rest), train=True), self._images(val)
+
+    def _scan(self, split: str) -> Listing:
         listing = scan(self.root, split)
         if split == "train":
             self.class_names = listing.class_names
@@ -53,8 +77,11 @@ class ImageFolder(EncodedDataModule):
                 f"{_some(listing.empty_files)}; replace or remove them, or pass "
                 "data.skip_corrupt=true to do without them"
             )
+        return listing
+
+    def _images(self, listing: Listing, *, train: bool = False) -> FolderImages:
         images = FolderImages(
-            listing.folder, listing.names, listing.labels, **self.reading(train=split == "train")
+            listing.folder, listing.names, listing.labels, **self.reading(train=train)
         )
         images.left_out = [str(listing.folder / name) for name in listing.empty_files]
         return images
@@ -105,6 +132,15 @@ class Listing:
     sizes: list[int]
     labels: Tensor
     empty_files: list[str]
+
+    def part(self, indices: Sequence[int]) -> Listing:
+        """Return a listing of some of the images."""
+        return replace(
+            self,
+            names=Names(self.names[i] for i in indices),
+            sizes=[self.sizes[i] for i in indices],
+            labels=self.labels[list(indices)],
+        )
 
 
 def scan(root: Path, split: str) -> Listing:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from repnet.errors import InputError
@@ -40,6 +41,8 @@ class TrainBatches(Sampler[list[int]]):
         rank: of this process.
         world_size: number of processes.
         shuffle: False takes the same batches in every epoch.
+        labels: of the data set, int64 `(n,)`, to draw each class equally often; None to take each
+            sample once.
 
     Raises:
         InputError: there is not one batch for each process.
@@ -54,6 +57,7 @@ class TrainBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
+        labels: Tensor | None = None,
     ) -> None:
         if batch_size < 1 or length < batch_size * world_size:
             devices = f" on each of {world_size} devices" if world_size > 1 else ""
@@ -63,6 +67,7 @@ class TrainBatches(Sampler[list[int]]):
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.labels = labels
         self.epoch = 0
         self.start = 0  # batches that the next iteration leaves out: a resumed run has done them
 
@@ -81,11 +86,40 @@ class TrainBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start, self.start = self.epoch, self.start, 0
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        order = torch.randperm(self.length, generator=generator)
+        order = (
+            torch.randperm(self.length, generator=generator)
+            if self.labels is None
+            else balanced_order(self.labels, generator)
+        )
         for number in range(start, len(self)):
             first = (number * self.world_size + self.rank) * self.batch_size
             indices = order[first : first + self.batch_size].tolist()
             yield Batch(indices, derived_seed(self.seed, epoch, self.rank, number))
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Return as many indices as labels, in which all classes are equally frequent.
+
+    No sample of a class is drawn again before all of them were.
+
+    Args:
+        labels: int64 `(n,)`.
+        generator: of the random numbers.
+    """
+    counts = [count for count in labels.bincount().tolist() if count]
+    draws = -(-len(labels) // len(counts))
+    order = torch.cat(
+        [
+            torch.cat(
+                [
+                    members[torch.randperm(len(members), generator=generator)]
+                    for _ in range(-(-draws // len(members)))
+                ]
+            )[:draws]
+            for members in labels.argsort(stable=True).split(counts)
+        ]
+    )
+    return order[torch.randperm(len(order), generator=generator)[: len(labels)]]
 
 
 class EvaluationBatches(Sampler[list[int]]):

@@ -84,8 +84,7 @@ class Evaluation:
     finite: bool = True
     sums: dict[str, dict[str, float]] = field(
         default_factory=lambda: {
-            form: dict.fromkeys(("top1", "top5", "loss"), 0.0)
-            for form in ("train_form", "deploy_form")
+            form: dict.fromkeys(("top1", "loss"), 0.0) for form in ("train_form", "deploy_form")
         }
     )
     logits: list[Tensor] = field(default_factory=list)
@@ -102,7 +101,10 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Means over all samples: fractions `top1` and `top5`, and the cross-entropy `loss`."""
+        """Means over all samples: fractions `top1` and `top5`, and the cross-entropy `loss`.
+
+        There is no `top5` of five classes or fewer.
+        """
         return {
             form: {key: value / max(1, self.samples) for key, value in sums.items()}
             for form, sums in self.sums.items()
@@ -187,7 +189,8 @@ def _rounding(model: nn.Module, logits: Tensor, images: Tensor, samples: Tensor)
 
 
 def _count(sums: dict[str, float], logits: Tensor, labels: Tensor) -> None:
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     sums["top1"] += int((logits.argmax(1) == labels).sum())
-    sums["top5"] += int(ranked.any(1).sum())
+    if logits.shape[1] > 5:
+        ranked = logits.topk(5, dim=1).indices == labels[:, None]
+        sums["top5"] = sums.get("top5", 0.0) + int(ranked.any(1).sum())
     sums["loss"] += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()

@@ -4,7 +4,7 @@ from repnet.training.activation_checkpointing import checkpoint_activations
 from repnet.training.auxiliary_heads import AuxiliaryHeads
 from repnet.training.classifier import Classifier
 from repnet.training.learning_rate import describe_scaling, scaled_learning_rate
-from repnet.training.losses import BinaryCrossEntropy, FocalLoss
+from repnet.training.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss
 from repnet.training.mix import Mix
 from repnet.training.objectives import Distillation, RDrop, Supervised, rdrop_loss
 from repnet.training.parameter_groups import (
@@ -29,6 +29,7 @@ __all__ = [
     "AuxiliaryHeads",
     "BinaryCrossEntropy",
     "Classifier",
+    "CrossEntropy",
     "Distillation",
     "FocalLoss",
     "Mix",

@@ -114,7 +114,8 @@ def build_classifier(config: dict[str, Any], model: nn.Module, data: Any, batch:
         spec = config.get(key)
         if not spec:
             return None
-        spec = completed(spec, known)
+        counts = {"class_counts": data.class_counts()} if spec.get("class_weights") else {}
+        spec = completed(spec, known | counts)
         return build({**spec, "_partial_": True} if partial else spec)
 
     objective = made("objective", partial=True)
@@ -135,6 +136,7 @@ def build_classifier(config: dict[str, Any], model: nn.Module, data: Any, batch:
         objective=objective,
         mix=made("mix"),
         channels_last=config["channels_last"],
+        freeze=config.get("freeze") or (),
         **{key: value for key, value in groups.items() if value is not None},
     )
 

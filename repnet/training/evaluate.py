@@ -19,7 +19,7 @@ from repnet.training.loggers import build_loggers, close_loggers
 def evaluate(
     model: nn.Module, data: Any, config: dict[str, Any], directory: str | Path
 ) -> dict[str, Any]:
-    """Return loss, accuracies and speed; write pictures and `per_class.csv` to `directory`.
+    """Return metrics, recall of each class and speed; write pictures and tables to `directory`.
 
     Args:
         model: of either form.
@@ -53,6 +53,7 @@ def evaluate(
     samples = len(data.splits[2])
     return {
         "test": {key.removeprefix("test/"): round(value, 6) for key, value in tested.items()},
+        "recall": dict(zip(data.class_names, classifier.recall_of_classes, strict=False)),
         "samples": samples,
         "classes": data.num_classes,
         "parameters": count_parameters(model),

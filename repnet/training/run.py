@@ -41,7 +41,6 @@ from repnet.checkpoint import describe, find_valid_checkpoint, load_network, rea
 from repnet.complexity import count_parameters
 from repnet.config import validated
 from repnet.data import as_image_data
-from repnet.deploy.int8.plain import load_folded
 from repnet.errors import InputError
 from repnet.files import sweep_leftovers
 from repnet.processes import is_main_process
@@ -55,9 +54,10 @@ from repnet.training.assembly import (
 )
 from repnet.training.classifier import Classifier
 from repnet.training.find_lr import find_learning_rate
+from repnet.training.freezing import refuse_frozen_noise
 from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
+from repnet.training.pretrained import load_pretrained
 from repnet.training.profiling import build_profiler
-from repnet.weights import load_weights
 
 STATISTICS_BATCHES = 10  # that give the norms of a partially folded network their statistics
 
@@ -119,6 +119,8 @@ def _train(
             f"'{directory}' already holds a run; continue it with resume={directory}, or choose "
             "another hydra.run.dir"
         )
+    if not resume:
+        refuse_frozen_noise(config)
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     record = config  # what the run is known by
     if resume:
@@ -131,10 +133,9 @@ def _train(
     if config["pretrained"] and not start:
         head = config["pretrained_head"]
         batches = (images for images, _ in islice(data.train_dataloader(), STATISTICS_BATCHES))
-        said = load_folded(model, config["pretrained"], batches, head=head, trust=trust)
-        loaded = said or load_weights(model, config["pretrained"], head=head)
+        said = load_pretrained(model, config["pretrained"], batches, head=head, trust=trust)
         if main_process:
-            print(loaded, flush=True)
+            print(said, flush=True)
     steps_before = contents.get("global_step", 0)
     if start:  # before anything is written: the checkpoint fits the config
         load_network(model, contents, start)
@@ -206,6 +207,7 @@ def _train(
                 classifier, data, ckpt_path=str(start) if start else None, weights_only=True
             ),
         )
+        _tell_early_stop(trainer)
         chosen = best.best_model_path or str(last)
         tested = _uninterrupted(
             trainer,
@@ -218,9 +220,10 @@ def _train(
     score = best.best_model_score
     value = None if score is None else round(float(score), 6)
     return {
-        "test": {"top1": None, "top5": None}  # nothing was tested
+        "test": {"top1": None}  # nothing was tested
         if not tested
         else {key.removeprefix("test/"): round(value, 6) for key, value in tested[0].items()},
+        "recall": dict(zip(data.class_names, classifier.recall_of_classes, strict=False)),
         "val": {
             "top1": value if keep["monitor"] == "val/top1" else None,
             "monitor": keep["monitor"],
@@ -251,7 +254,9 @@ def _confined(config: dict[str, Any], directory: Path) -> dict[str, Any]:
 def _refuse_ineffective(config: dict[str, Any], contents: dict[str, Any]) -> None:
     """Refuse changes of what a checkpoint has decided, and an end that lies behind it."""
     saved = contents["repnet"]["config"]
-    for key in ("optimizer", "parameter_groups", "lr_scaling", "seed", "pretrained", "lr_find"):
+    for key in (
+        "optimizer", "parameter_groups", "lr_scaling", "freeze", "seed", "pretrained", "lr_find"
+    ):  # fmt: skip
         if config[key] != saved.get(key, config[key]):
             raise InputError(
                 f"{key} cannot be changed in a resumed run, which goes on with what its checkpoint "
@@ -275,7 +280,9 @@ def _build_callbacks(config: dict[str, Any]) -> dict[str, pl.Callback]:
     Raises:
         InputError: one is something else.
     """
-    callbacks = {name: build(spec) for name, spec in config.items() if spec}
+    # A recipe may have settings of a callback that the run has not chosen.
+    chosen = {name: spec for name, spec in config.items() if spec and "_target_" in spec}
+    callbacks = {name: build(spec) for name, spec in chosen.items()}
     for name, callback in callbacks.items():
         if not isinstance(callback, pl.Callback):
             raise InputError(
@@ -417,8 +424,20 @@ def _announce(
         f"{type(data).__name__}: {sizes} images to train / validate / test, {shape}, "
         f"{data.num_classes} classes\n"
         f"{_device(trainer)}, precision {trainer.precision}, writing to {directory}",
+        *(f"warning: {note}" for note in getattr(data, "notes", ())),
+        sep="\n",
         flush=True,
     )
+
+
+def _tell_early_stop(trainer: pl.Trainer) -> None:
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopped_epoch and trainer.is_global_zero:
+            print(
+                f"stopped after epoch {callback.stopped_epoch + 1}: {callback.monitor} did not "
+                f"improve {callback.patience} times in a row",
+                flush=True,
+            )
 
 
 def _device(trainer: pl.Trainer) -> str:

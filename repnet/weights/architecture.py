@@ -57,14 +57,14 @@ def block_shapes(tensors: Mapping[str, Tensor]) -> list[BlockShape]:
 
 
 def guess_name(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the model in `repnet.list_models()` whose blocks have these shapes.
+    """Return the name of the model in `repnet.list_models()` that has these shapes.
 
     Args:
         tensors: by neutral name.
     """
     shapes = block_shapes(tensors)
     if not shapes:
-        return None
+        return _guess_plain(tensors)
     branches = {key for key in tensors if "/kxk." in key}
     for name in list_models():
         depth = sum(load_choice("model", name).get("depths", []))
@@ -77,3 +77,22 @@ def guess_name(tensors: Mapping[str, Tensor]) -> str | None:
         if same_branches and block_shapes(twin) == shapes:
             return name
     return None
+
+
+def _guess_plain(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the network of plain blocks that has these tensors, its head aside."""
+    stem = tensors.get("stem.0.conv.weight")
+    if stem is None:
+        return None
+    for name in list_models():
+        if load_choice("model", name)["_target_"] != "repnet.models.ResNet":
+            continue
+        with torch.device("meta"):
+            state = create_model(name, in_channels=stem.shape[1]).state_dict()
+        if _body(state) == _body(tensors):
+            return name
+    return None
+
+
+def _body(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items() if not key.startswith("head.")}

@@ -63,8 +63,8 @@ def _their_keys(weights: Weights, to: str) -> Mapping[str, str]:
     start = f"{weights.name} cannot be converted to the format '{to}'"
     if family is None:
         raise InputError(
-            f"{start}: it is no RepVGG, MobileOne, ACNet or Diverse Branch Block network with "
-            "blocks of that kind, or its folded convolutions do not say what blocks they were"
+            f"{start}: it is no RepVGG, MobileOne, ResNet, ACNet or Diverse Branch Block network "
+            "with blocks of that kind, or its folded convolutions do not say what blocks they were"
         )
     layout = LAYOUTS[to].get(family)
     if layout is None:

@@ -46,7 +46,7 @@ class Weights:
 
     @property
     def family(self) -> str | None:
-        """`repvgg`, `mobileone`, `blocks` (of ACNet or DBB in any network), or None."""
+        """`repvgg`, `mobileone`, `resnet`, `blocks` (ACNet's or DBB's, anywhere), or None."""
         return family_of(self.tensors)
 
 
@@ -102,6 +102,8 @@ def form_of(keys: Collection[str]) -> str:
 def family_of(tensors: Mapping[str, Tensor]) -> str | None:
     """Return which family of networks neutral names and shapes belong to, None for another."""
     inside = [key for key in tensors if "/" in key]
+    if not inside:
+        return _plain_family(tensors)
     if any(part in key for key in inside for part in ("/dbb.", "/ac.")):
         return "blocks"
     if "stem/" not in {key[:5] for key in inside} or any("/" not in k for k in _network(tensors)):
@@ -109,6 +111,17 @@ def family_of(tensors: Mapping[str, Tensor]) -> str | None:
     main = [tensors[key] for key in inside if key.endswith(MAIN)]
     # MobileOne alternates with pointwise blocks, RepVGG has none.
     return "mobileone" if any(weight.shape[2:] == (1, 1) for weight in main) else "repvgg"
+
+
+def _plain_family(keys: Collection[str]) -> str | None:
+    """Return the family without blocks that has all these neutral names."""
+    plain = {
+        family: layout
+        for families in LAYOUTS.values()
+        for family, layout in families.items()
+        if layout.is_plain
+    }
+    return next((f for f, layout in plain.items() if all(map(layout.theirs, keys))), None)
 
 
 MAIN = ("/kxk.0.conv.weight", "/folded.weight")  # the kernel that says a block's shape
@@ -136,16 +149,21 @@ def _neutral_names(
     if source_format == OWN:
         return OWN, own
     read_as: dict[tuple[str, str], dict[str, str | None]] = {}
-    claims: dict[str, set[str]] = {}  # format -> keys that name parts of its blocks
-    for fmt, families in LAYOUTS.items():
-        for family, layout in families.items() if source_format in (None, fmt) else ():
-            names = _names(state, layout)
-            if inside := {key for key, neutral in names.items() if neutral and "/" in neutral}:
-                claims[fmt] = claims.get(fmt, set()) | inside
-                read_as[fmt, family] = names
-    if not claims:
+    claims: dict[str, set[str]] = {}  # format -> keys that name parts of its network
+    if source_format is None and _plain_family(own.values()):
+        return OWN, own
+    for plain in (False, True):  # blocks are recognized in any network, plain ones too
+        for fmt, families in LAYOUTS.items():
+            for family, layout in families.items() if source_format in (None, fmt) else ():
+                names = _names(state, layout) if layout.is_plain == plain else {}
+                if inside := {key for key, neutral in names.items() if _is_part(neutral, plain)}:
+                    claims[fmt] = claims.get(fmt, set()) | inside
+                    read_as[fmt, family] = names
+        if claims:
+            break
         if source_format is None and any("/" in neutral for neutral in own.values()):
             return OWN, own
+    if not claims:
         raise InputError(_why_unknown(state, source_format, name))
     claimed = set().union(*claims.values())
     fitting = {
@@ -160,6 +178,11 @@ def _neutral_names(
         if len(fitting) == 1 or family_of({n: state[key] for key, n in neutral.items()}) == family:
             return fmt, neutral
     raise InputError(f"{name} may be any of {', '.join(map(str, fitting))}; pass source_format")
+
+
+def _is_part(neutral: str | None, plain: bool) -> bool:
+    """Return whether a neutral name is of a block, or of a stage in a plain network."""
+    return neutral is not None and (neutral.startswith("stages.") if plain else "/" in neutral)
 
 
 def _names(state: Collection[str], layout: Layout) -> dict[str, str | None]:
@@ -178,7 +201,7 @@ def _why_unknown(state: Collection[str], source_format: str | None, name: str) -
     for key in state:
         first, _, rest = key.partition(".")
         layouts = [layout for families in LAYOUTS.values() for layout in families.values()]
-        if any("/" in (layout.neutral(rest) or "") for layout in layouts):
+        if any(_is_part(layout.neutral(rest), layout.is_plain) for layout in layouts):
             return (
                 f"{name} has no keys of {wanted} but, such as '{key}', inside '{first}'; "
                 f"prefix='{first}.' takes only those"
@@ -198,7 +221,7 @@ def _why_none(
     for key in unknown:
         for part, what in LAYOUTS[fmt][family].refused.items():
             if part in key.split("."):
-                return f"{name} does not fit: '{key}' is {what}, which the {family} block lacks"
+                return f"{name} does not fit: '{key}' is {what}, which repnet's {family} lacks"
     for other, keys in claims.items():
         if other != fmt and (theirs := [key for key in unknown if key in keys]):
             known = next(key for key in names if key in claims[fmt])

@@ -2,8 +2,10 @@
 
 Every tensor has one neutral name, `PLACE/PART.TENSOR`, for instance `stages.0.1/kxk.0.bn.weight`:
 block 1 of stage 0, norm of its first convolution branch. What lies outside blocks has no slash
-(`head.weight`). A layout says how a library spells places and parts; both directions come from the
-same rows. Names are facts of the named repositories, read in November 2026.
+(`head.weight`), and neither have plain convolutions with a norm, so that plain networks such as
+ResNet are listed among `others`. A layout says how a library spells places and parts; both
+directions come from the same rows. Names are facts of the named repositories, read in November
+2026.
 """
 
 from __future__ import annotations
@@ -49,6 +51,11 @@ class Layout:
     @cached_property
     def _to_neutral(self) -> list[tuple[re.Pattern[str], str]]:
         return [(_pattern(theirs), neutral) for neutral, theirs in self._rules]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the network has no multi-branch blocks, whose names would tell it apart."""
+        return not self.places
 
     def theirs(self, key: str) -> str | None:
         """Return their name of a neutral key, None if they have none."""
@@ -125,6 +132,30 @@ _ANYWHERE = Layout(
     others={"{path}": "{path}"},
 )
 
+# ResNets of basic blocks. torchvision and timm use the same names.
+_RESNET = Layout(
+    places={},
+    parts={},
+    others={
+        "stem.0.conv.{tensor}": "conv1.{tensor}",
+        "stem.0.bn.{tensor}": "bn1.{tensor}",
+        **{
+            f"stages.{s}.{{i}}.{ours}.{{tensor}}": f"layer{s + 1}.{{i}}.{theirs}.{{tensor}}"
+            for s in range(4)
+            for ours, theirs in (
+                ("first.conv.conv", "conv1"),
+                ("first.conv.bn", "bn1"),
+                ("second.conv.conv", "conv2"),
+                ("second.conv.bn", "bn2"),
+                ("shortcut.conv", "downsample.0"),
+                ("shortcut.bn", "downsample.1"),
+            )
+        },
+        **_head("fc"),
+    },
+    refused={"conv3": "the third convolution of a bottleneck (ResNet-50 and deeper)"},
+)
+
 # format -> family of networks -> layout
 LAYOUTS: dict[str, dict[str, Layout]] = {
     # The repository of each paper: DingXiaoH/RepVGG, apple/ml-mobileone,
@@ -152,6 +183,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
         ),
         "blocks": _ANYWHERE,
     },
+    "torchvision": {"resnet": _RESNET},  # before timm: of equal names, the first is reported
     "timm": {
         "repvgg": Layout(
             places=_places("stem", "stages.{s}", first=0),
@@ -173,6 +205,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
             },
             others=_head("head.fc"),
         ),
+        "resnet": _RESNET,
     },
     "mmpretrain": {
         "repvgg": Layout(

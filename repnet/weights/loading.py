@@ -35,6 +35,7 @@ class LoadReport:
         tensors: how many were loaded.
         created: counters of batches that the file lacks, set to 0.
         left: keys of the model's classifier, where it was left as it is.
+        adapted: keys of convolutions that were fitted to the model's number of input channels.
         casts: pairs of the file's and the model's dtype, where they differ.
     """
 
@@ -47,6 +48,7 @@ class LoadReport:
     tensors: int
     created: int
     left: tuple[str, ...]
+    adapted: tuple[str, ...]
     casts: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
@@ -63,7 +65,9 @@ class LoadReport:
         if self.created:
             lines.append(f"{self.created} counters of batches (num_batches_tracked) set to 0")
         if self.left:
-            lines.append(f"left as they were: {', '.join(self.left)}")
+            lines.append(f"new, not taken from {self.source}: {', '.join(self.left)}")
+        if self.adapted:
+            lines.append(f"fitted to the image's channels: {', '.join(self.adapted)}")
         lines += [f"converted: {theirs} to {ours}" for theirs, ours in self.casts]
         return "\n".join(lines)
 
@@ -83,6 +87,7 @@ def load_weights(
     *,
     ema: bool | None = None,
     head: bool = True,
+    adapt_input: bool = False,
     source_format: str | None = None,
     prefix: str | None = None,
 ) -> LoadReport:
@@ -98,6 +103,9 @@ def load_weights(
         ema: True for the average over training, False for the weights that were trained, None for
             the average where the file has one. The report says which it was.
         head: False leaves the classifier, the model's last linear layer, as it is.
+        adapt_input: fit the convolutions that read the image to the model's number of channels:
+            further channels get the mean of the file's, fewer ones all get it, and the sum stays,
+            so that an image whose channels are equal gives the same output.
         source_format: one of `repnet.weights.FORMATS`; None to detect it.
         prefix: take only the keys that begin with it, and remove it: `backbone.` of a detector.
 
@@ -120,6 +128,8 @@ def load_weights(
     if not head:
         state = {key: value for key, value in state.items() if not _is_in(key, classifier)}
         state |= {key: target[key] for key in left}
+    adapted = _adapt_input(model, state) if adapt_input else {}
+    state |= adapted
     for key in state.keys() - target.keys():
         if not without_counters([key]) and f"{key.rpartition('.')[0]}.running_mean" in target:
             del state[key]  # this model's norms do not count batches
@@ -150,6 +160,7 @@ def load_weights(
         tensors=len(state) - len(left),
         created=sum(names[key] not in weights.origins for key in state.keys() & names.keys()),
         left=left,
+        adapted=tuple(adapted),
         casts=tuple(sorted(casts)),
     )
 
@@ -161,6 +172,35 @@ def _classifier(model: nn.Module) -> str | None:
 
 def _is_in(key: str, module: str | None) -> bool:
     return key.startswith("head." if module is None else f"{module}.")
+
+
+def _adapt_input(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the convolutions of `state` that differ from the model's in input channels alone.
+
+    Those of inner layers cannot: the layer before them would differ in its output channels.
+    """
+    adapted = {}
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and key in state:
+            old, wanted = state[key], module.weight.shape
+            if old.ndim == len(wanted) and old.shape[1] != wanted[1]:
+                adapted[key] = fit_channels(old, wanted[1])
+    return adapted
+
+
+def fit_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return the kernel of a convolution for images of another number of channels.
+
+    Args:
+        weight: `(out, channels of the image, height, width)`.
+        channels: of the other images.
+    """
+    old = weight.shape[1]
+    mean = weight.mean(1, keepdim=True)
+    kept = weight if channels > old else weight[:, :0]
+    further = mean.expand(-1, channels - kept.shape[1], -1, -1)
+    return torch.cat([kept, further], 1) * (old / channels)
 
 
 def _compare(state: Mapping[str, Tensor], loaded: Mapping[str, Tensor], name: str) -> None:

@@ -69,6 +69,8 @@ def read(
     """
     name = describe(source)
     contents = source if isinstance(source, Mapping) else _load(source)
+    if prefix is None and isinstance(contents, Mapping) and "repnet" in contents:
+        prefix = "model."  # of the network in repnet's checkpoints; an objective may have weights
     if not isinstance(contents, Mapping):
         kind = type(contents).__name__
         raise InputError(
@@ -201,9 +203,9 @@ def _unwrapped(
                 f"{name} is not a state dict: {key!r} is of type {type(value).__name__}, "
                 "not a tensor"
             )
-    if prefix is None and are_keys_of(state, like):
-        return {key: value.detach() for key, value in state.items()}
     names = {key: key.removeprefix(prefix or "") for key in state}
+    if are_keys_of(names.values(), like):
+        return {new: state[key].detach() for key, new in names.items()}
     names = {key: re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", new) for key, new in names.items()}
     while True:
         rest = {key for key, new in names.items() if new not in _AVERAGES}

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.blocks.block import Block
 from repnet.checkpoint import MODEL_PREFIX, find_checkpoint, model_from, read_checkpoint
-from repnet.errors import InputError
+from repnet.errors import InputError, one_line
 from repnet.fold import reparameterize
 from repnet.layers import Sum
 from repnet.symbolic import evaluating
@@ -103,7 +103,13 @@ def load_folded(
     network = model_from(contents, path, trust=trust)
     if not _branches(network):
         return None
-    names = fold_branches(network, batches)
+    try:
+        names = fold_branches(network, batches)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{path}: its network does not take the images of these data, with which its branches "
+            f"would be folded ({one_line(error)}); choose its own block instead of a plain one"
+        ) from error
     try:
         report = load_weights(model, network.state_dict(), head=head)
     except InputError as error:
