@@ -74,6 +74,7 @@ _PART_PACKAGES = {
         "pytorch_lightning.loggers.mlflow",
         "pytorch_lightning.loggers.wandb",
         "pytorch_lightning.loggers.tensorboard",
+        "repnet.training.loggers",
     ),
     "callbacks": (
         *_FILE_PACKAGES,

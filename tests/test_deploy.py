@@ -318,12 +318,15 @@ def test_every_failure_of_several_deployments_is_told(checkpoint: Path, tmp_path
 
 
 INTERRUPTED = """
+import torch
 from repnet.cli import command
 from repnet.errors import InputError
 
 def job(cfg):
     if cfg.ckpt == "b":
         raise KeyboardInterrupt
+    if cfg.ckpt == "e":
+        raise torch.OutOfMemoryError("out of memory")
     raise RuntimeError("broken") if cfg.ckpt == "d" else InputError("no good")
 
 if __name__ == "__main__":
@@ -354,6 +357,32 @@ def test_failures_are_told_once_whatever_else_happens(
     result = run(str(script), "-m", *arguments, sweep, cwd=tmp_path, code=code)
     told = [line for line in result.stderr.splitlines() if line.startswith(("error", "inter"))]
     assert sorted(told) == errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "full", "code", "error"),
+    [
+        (["ckpt=a"], "", 2, "error: no good"),
+        (["ckpt=a"], "1", 2, "error: no good"),
+        (["ckpt=e"], "", 1, "error: out of memory"),
+        (["ckpt=d"], "", 1, "error: unexpected RuntimeError: broken"),
+        (["ckpt=[a"], "", 2, "error: no viable alternative at input '[a' See "),  # two lines
+        (["ckp=a"], "1", 2, "error: unknown key 'ckp'"),
+    ],
+)
+def test_an_error_is_one_line_and_comes_before_its_traceback(
+    tmp_path: Path, arguments: list[str], full: str, code: int, error: str
+) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(INTERRUPTED)
+    done = run(str(script), *arguments, "hydra.run.dir=out", cwd=tmp_path, code=code,
+               HYDRA_FULL_ERROR=full)  # fmt: skip
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith(error)
+    if full or "unexpected" in error:
+        assert rest[0] == "Traceback (most recent call last):"
+    else:
+        assert not rest
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -57,6 +57,7 @@ CALLBACKS: dict[str, Callable[[Path], Any]] = {
     "Reparameterize": lambda path: callbacks.Reparameterize(path),
     "SaveOnInterrupt": lambda path: callbacks.SaveOnInterrupt(path / "last.ckpt"),
     "SkipNonFiniteSteps": lambda path: callbacks.SkipNonFiniteSteps(path=path / "nan.pt"),
+    "StepMetrics": lambda path: callbacks.StepMetrics(),
     "StopOnNonFiniteLoss": lambda path: callbacks.StopOnNonFiniteLoss(path=path / "nan.pt"),
     "ThroughputBar": lambda path: callbacks.ThroughputBar(),
     "WeightDecaySchedule": lambda path: callbacks.WeightDecaySchedule(1e-5),

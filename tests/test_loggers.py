@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,16 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor
 from torch import nn
 
-from repnet.callbacks import History, Pictures
+from repnet.callbacks import History, Pictures, StepMetrics
+from repnet.callbacks.history import COLUMNS
 from repnet.data import FakeImages
 from repnet.errors import InputError
 from repnet.spec import CONFIGS
 from repnet.training import Classifier, loggers
+from repnet.training.announcement import RunConfig
 from repnet.training.loggers import build_loggers, close_loggers, confined_loggers
 from repnet.training.profiling import build_profiler
 
@@ -29,16 +33,23 @@ def config(name: str, directory: Path) -> Any:
     return yaml.safe_load(text.replace("${hydra:runtime.output_dir}", str(directory)))
 
 
-def run(logger_config: Any, directory: Path) -> list[Any]:
+SETTINGS = {"seed": 5, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.125}}
+RATE = "lr-SGD/weights and identity norms"
+STEPS = {"train/loss_step", "images_per_second", RATE}
+
+
+def run(logger_config: Any, directory: Path, settings: dict[str, Any] = SETTINGS) -> list[Any]:
     """Train and test with the loggers of a config, and return them."""
     made = build_loggers(logger_config)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     trainer = Trainer(
         accelerator="cpu", max_epochs=1, logger=made, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
-        callbacks=[History(directory, echo=False), Pictures(directory)], log_every_n_steps=1,
+        log_every_n_steps=2, accumulate_grad_batches=2, callbacks=[
+            History(directory, echo=False), Pictures(directory), RunConfig(settings, directory),
+            StepMetrics(), LearningRateMonitor("step")],
     )  # fmt: skip
-    data = FakeImages(image_size=2, classes=3, train_size=12, batch_size=4)
+    data = FakeImages(image_size=2, classes=3, train_size=32, batch_size=4)
     module = Classifier(net, 3, optimizer=functools.partial(torch.optim.SGD, lr=0.125))
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
@@ -55,7 +66,42 @@ def test_tensorboard_and_csv_at_once(tmp_path: Path) -> None:
     assert "val/top1" in (tmp_path / "csv" / "metrics.csv").read_text()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["images"]) == PICTURES
-    assert {"train/loss", "val/top1", "test/top1"} <= set(events.Tags()["scalars"])
+    tags = {tag.replace("_", " ") for tag in events.Tags()["scalars"]}  # blanks become underscores
+    expected = {"train/loss", "val/top1", "test/top1", *STEPS}
+    assert {tag.replace("_", " ") for tag in expected} <= tags
+    assert len(list((tmp_path / "tensorboard").glob("events.out.*"))) == 1  # training and test
+    hyperparameters = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"optimizer/lr" in hyperparameters
+    assert yaml.safe_load((tmp_path / "csv" / "hparams.yaml").read_text()) == SETTINGS
+
+
+def test_steps_are_logged_every_n_steps(tmp_path: Path) -> None:
+    """Eight batches are four steps of two batches each, of which every second one is logged."""
+    torch.manual_seed(0)
+    losses: list[float] = []
+    plain = Classifier.training_step
+
+    def record(self: Classifier, *arguments: Any) -> Any:
+        loss = plain(self, *arguments)
+        losses.append(loss.item())
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "training_step", record)
+        run(config("csv", tmp_path), tmp_path)
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {
+        int(row["step"]): float(row["train/loss_step"]) for row in rows if row["train/loss_step"]
+    }
+    assert logged == {
+        1: pytest.approx((losses[2] + losses[3]) / 2, rel=1e-4),
+        3: pytest.approx((losses[6] + losses[7]) / 2, rel=1e-4),
+    }
+    assert {int(row["step"]) for row in rows if row[RATE]} == {1, 3}
+    assert all(float(row["images_per_second"]) > 0 for row in rows if row["train/loss_step"])
+    with (tmp_path / "metrics.csv").open() as file:  # is the same with and without a logger
+        assert tuple(next(csv.reader(file))) == COLUMNS
 
 
 def test_a_resumed_run_keeps_the_table_of_lightning(tmp_path: Path) -> None:
@@ -89,6 +135,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     identity = run(config("wandb", tmp_path), tmp_path)[0].version
     saved = next(tmp_path.glob(f"wandb/offline-run-*-{identity}"))
     assert {path.name.split("_")[0] for path in saved.rglob("*.png")} == PICTURES
+    assert SETTINGS["optimizer"]["_target_"].encode() in next(saved.glob("*.wandb")).read_bytes()
     resumed = confined_loggers(config("wandb", tmp_path), tmp_path)
     assert resumed["0"]["id"] == identity
     assert resumed["0"]["offline"] is True
@@ -99,14 +146,20 @@ def test_mlflow_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     logger = run(config("mlflow", tmp_path), tmp_path)[0]
     client, identity = logger.experiment, logger.run_id
-    assert {"val/top1", "test/top1"} <= set(client.get_run(identity).data.metrics)
+    stored = client.get_run(identity).data
+    assert {"val/top1", "test/top1", *STEPS} <= set(stored.metrics)
+    assert stored.params["seed"] == "5"
+    assert stored.params["optimizer/lr"] == "0.125"
     found = client.list_artifacts(identity, "pictures")
     assert {Path(item.path).stem for item in found} == PICTURES
-    stored = tmp_path / "mlflow"
-    assert next(stored.glob(f"*/{identity}/artifacts/pictures/worst.png"))
+    folder = tmp_path / "mlflow"
+    assert next(folder.glob(f"*/{identity}/artifacts/pictures/worst.png"))
     resumed = confined_loggers(config("mlflow", tmp_path), tmp_path)
     assert resumed["0"]["run_id"] == identity
-    assert build_loggers(resumed)[0].experiment.get_run(identity).info.run_id == identity
+    run(resumed, tmp_path, {**SETTINGS, "seed": 6})  # a parameter of MLflow cannot be changed
+    again = build_loggers(resumed)[0].experiment.get_run(identity)
+    assert again.info.run_id == identity
+    assert again.data.params["seed"] == "5"
 
 
 def test_no_logger_is_an_empty_list() -> None:

@@ -20,7 +20,7 @@ from repnet.callbacks import (
     StopOnNonFiniteLoss,
 )
 from repnet.data import FakeImages
-from repnet.training import Classifier
+from repnet.training import Classifier, layerwise_parameter_groups, warmup_cosine
 
 
 class Poisoned(Classifier):
@@ -68,10 +68,10 @@ def fit(module: Classifier, callbacks: list[Any], **options: Any) -> None:
     trainer.fit(module, FakeImages(image_size=2, classes=3, train_size=32, batch_size=4))
 
 
-def poisoned(*bad: int, mode: str = "images", lr: float = 0.1) -> Poisoned:
+def poisoned(*bad: int, mode: str = "images", lr: float = 0.1, **options: Any) -> Poisoned:
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
     sgd = functools.partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=0.1)
-    module = Poisoned(net, 3, optimizer=sgd)
+    module = Poisoned(net, 3, optimizer=sgd, **options)
     module.bad, module.mode = bad, mode
     return module
 
@@ -140,6 +140,31 @@ def test_a_stopped_run_keeps_its_batch_and_no_bad_checkpoint(tmp_path: Path, lag
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 5
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def layered(*bad: int, mode: str) -> Poisoned:
+    """Learns at 0.1 in its last layer and at 0.05 in the one before it."""
+    module = poisoned(*bad, mode=mode, scheduler=warmup_cosine)
+    module.model.insert(1, nn.Linear(12, 12))
+    module.parameter_groups = functools.partial(layerwise_parameter_groups, decay=0.5)
+    return module
+
+
+def test_messages_count_epochs_from_1_and_name_the_group_of_the_learning_rate(
+    tmp_path: Path,
+) -> None:
+    # Step 10 of 16, the second in epoch 2; the schedule has gone on to step 11 when it is seen.
+    rate = f"{0.1 * (1 + math.cos(math.pi * 9 / 16)) / 2:.3g}"
+    bad = r"\(epoch 2, highest learning rate {}, of 'layer 1 weights'\)"
+    with pytest.raises(NonFiniteLossError, match=rf"step 10 {bad.format(rate)}"):
+        fit(layered(9, mode="images"), [StopOnNonFiniteLoss()])
+    with pytest.raises(NonFiniteLossError, match=rf"step 10 {bad.format(rate)}"):
+        fit(layered(9, mode="images"), [SkipNonFiniteSteps(limit=1)])
+    last = LastCheckpoint(tmp_path / "last.ckpt", every_n_steps=1)
+    rate = f"{0.05 * (1 + math.cos(math.pi * 9 / 16)) / 2:.3g}"
+    where = rf"step 10 \(epoch 2, learning rate {rate}, of 'layer 0 weights'\)"
+    with pytest.raises(NonFiniteLossError, match=rf"'model.1.weight' is not finite after {where}"):
+        fit(layered(9, mode="gradients"), [StopOnNonFiniteLoss(), last])
 
 
 def test_a_finite_loss_does_not_save_weights_that_are_not(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from repnet.callbacks import History, SafeCheckpointIO, ThroughputBar
 from repnet.callbacks.history import COLUMNS, MOST_RATES, draw_curves
 from repnet.callbacks.progress import StepTimer, batch_size, peak_memory
 from repnet.data import FakeImages
-from repnet.training import Classifier, warmup_cosine
+from repnet.training import Classifier, layerwise_parameter_groups, warmup_cosine
 
 
 def module(**options: Any) -> Classifier:
@@ -167,6 +167,35 @@ def test_a_line_per_epoch_tells_speed_waiting_and_memory(
     assert lines[0].endswith(" MiB")
 
 
+@pytest.mark.parametrize(
+    ("width", "end"), [(80, " 1 images/s"), (88, " data wait 25%"), (200, " MiB"), (None, " MiB")]
+)
+def test_the_line_of_an_epoch_fits_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int | None, end: str
+) -> None:
+    monkeypatch.setattr("sys.stdout", screen := io.StringIO())
+    monkeypatch.setattr(screen, "isatty", lambda: width is not None)
+    monkeypatch.setenv("COLUMNS", str(width))
+    trainer(Work(Clock(monkeypatch)), History(tmp_path), max_epochs=120, max_steps=2,
+            limit_train_batches=1, limit_val_batches=1).fit(module(), images())  # fmt: skip
+    lines = [line for line in screen.getvalue().splitlines() if line.startswith("epoch")]
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/120  loss ")
+    assert lines[-1].startswith("epoch 2/120  loss ")
+    assert all(line.endswith(end) for line in lines), lines[-1]
+
+
+def test_the_learning_rate_is_that_of_the_group_that_learns_fastest(tmp_path: Path) -> None:
+    slow = functools.partial(layerwise_parameter_groups, decay=0.5)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 3))
+    sgd = functools.partial(torch.optim.SGD, lr=0.125)
+    layerwise = Classifier(net, 3, optimizer=sgd, parameter_groups=slow)
+    history = History(tmp_path, echo=False)
+    trainer(history).fit(layerwise, images())
+    assert {row["learning_rate"] for row in rows_of(tmp_path)} == {"0.125"}
+    assert {rate for _, rate in history.rates} == {0.125}
+
+
 def test_long_runs_keep_few_learning_rates(tmp_path: Path) -> None:
     history = History(tmp_path)
     for step in range(10 * MOST_RATES):
@@ -212,6 +241,32 @@ def test_the_bar_shows_speed_waiting_memory_and_loss(
     assert shown["loss"] > 0
     print(screen.getvalue())
     assert "images/s: 1 data wait: 25% memory:" in screen.getvalue()
+
+
+def test_the_bar_takes_one_line_of_80_columns_and_counts_epochs_from_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "80")
+    console = {"file": screen, "force_terminal": True, "width": 80}
+    bar = ThroughputBar(seconds=0, console_kwargs=console)
+    run = trainer(
+        bar, History(tmp_path), enable_progress_bar=True, max_epochs=120, max_steps=4,
+        limit_train_batches=2, limit_val_batches=0,
+    )  # fmt: skip
+    try:
+        run.fit(module(), images(8))
+    finally:
+        import rich
+
+        rich.reconfigure()
+    shown = screen.getvalue()
+    print(shown)
+    assert "\x1b[1A" not in shown  # the cursor would go up to overwrite a second line
+    assert "Epoch 1/120 " in shown
+    assert "Epoch 2/120 " in shown
+    assert "Epoch 0" not in shown
+    assert shown.count("epoch 2/120  loss ") == 1  # its line stays
 
 
 def test_the_bar_shows_the_loss_of_a_batch_also_where_several_make_a_step() -> None:

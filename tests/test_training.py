@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from repnet.training import (
     Classifier,
     CrossEntropy,
     FocalLoss,
+    layerwise_parameter_groups,
     repvgg_parameter_groups,
     warmup_cosine,
 )
@@ -150,9 +152,15 @@ def test_the_model_learns_from_the_data_what_it_must_know() -> None:
         complete_model({"model": foreign, "block": block}, data)
 
 
-def test_the_parameter_groups_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rule", [repvgg_parameter_groups, layerwise_parameter_groups])
+def test_the_parameter_groups_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rule: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     data = FakeImages(image_size=8, train_size=64, batch_size=16)
-    module = Classifier(create_model("repvgg_tiny", num_classes=10), 10)
+    network = create_model("repvgg_tiny", num_classes=10)
+    network.stages[0][0].requires_grad_(False)  # its numbers are missing, then
+    module = Classifier(network, 10, parameter_groups=rule)
     trainer = Trainer(
         max_steps=1,
         accelerator="cpu",
@@ -167,10 +175,21 @@ def test_the_parameter_groups_are_printed(capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     values = sum(p.numel() for p in module.parameters())
     assert "SGD" in printed
-    cells = [line.split("│")[3] for line in printed.splitlines() if line.startswith("│")]
-    sizes = [int(cell.replace(",", "")) for cell in cells if cell.strip()]
-    assert sum(sizes) == values
-    assert "0.0001" in printed
+    rows = [re.split(" {2,}", line.strip()) for line in printed.splitlines() if "0" in line]
+    assert sum(int(row[2].replace(",", "")) for row in rows) == values
+    learned = {row[0]: row[3:] for row in rows}
+    if rule is layerwise_parameter_groups:
+        assert learned == {
+            "layer 0-8 weights": ["0.01 to 0.1", "0.0001"],
+            "layer 0-8 norms and biases": ["0.01 to 0.1", "0"],
+            "not trained": ["-", "-"],
+        }
+    else:
+        assert learned == {
+            "weights and identity norms": ["0.1", "0.0001"],
+            "other norms and biases": ["0.1", "0"],
+            "not trained": ["-", "-"],
+        }
 
 
 def test_a_block_that_grows_is_named_before_training() -> None:

@@ -25,6 +25,7 @@ from repnet.callbacks.recalibration import BatchNormRecalibration, recalibrate_b
 from repnet.callbacks.reparameterize import Reparameterize
 from repnet.callbacks.safe_checkpoint import CheckpointWriteError, SafeCheckpointIO
 from repnet.callbacks.save_on_interrupt import SaveOnInterrupt
+from repnet.callbacks.step_metrics import StepMetrics
 from repnet.callbacks.weight_decay import WeightDecaySchedule
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "SafeCheckpointIO",
     "SaveOnInterrupt",
     "SkipNonFiniteSteps",
+    "StepMetrics",
     "StopOnNonFiniteLoss",
     "ThroughputBar",
     "WeightDecaySchedule",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from repnet.callbacks.drawing import (
     save,
 )
 from repnet.callbacks.pictures import send_picture
-from repnet.callbacks.progress import StepTimer, batch_size, peak_memory
+from repnet.callbacks.progress import StepTimer, batch_size, epoch_of, peak_memory
 from repnet.files import write_text
 from repnet.lightning import Callback
 
@@ -52,12 +54,12 @@ class History(Callback):
 
     Args:
         directory: of the two files.
-        echo: also print a line per epoch; None for where there is no terminal to draw a bar on.
+        echo: also print a line per epoch, in a terminal as much of it as fits.
     """
 
-    def __init__(self, directory: str | Path, *, echo: bool | None = None) -> None:
+    def __init__(self, directory: str | Path, *, echo: bool = True) -> None:
         self.directory = Path(directory)
-        self.echo = not sys.stdout.isatty() if echo is None else echo
+        self.echo = echo
         self.rows: list[dict[str, Any]] = []
         self.images = 0
         self.seconds = 0.0  # of training, without validation
@@ -114,7 +116,7 @@ class History(Callback):
     ) -> None:
         self.timer.batch_start()
         if trainer.global_step % self.stride == 0:
-            self._keep_rate(trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
+            self._keep_rate(trainer.global_step, highest_learning_rate(trainer))
 
     def on_train_batch_end(
         self,
@@ -137,11 +139,12 @@ class History(Callback):
             key: float(value)
             for key, value in logged.items()
             if self.validated or key.startswith("train")  # Lightning keeps those of earlier epochs
+            if not key.startswith("lr-")  # of Lightning's LearningRateMonitor
         }
         row = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": highest_learning_rate(trainer),
             **metrics,
             "images_per_second": timer.images / timer.seconds if timer.seconds else 0.0,
             "data_wait": timer.waited / timer.seconds if timer.seconds else 0.0,
@@ -188,14 +191,18 @@ class History(Callback):
 
     @staticmethod
     def _line(trainer: Trainer, row: dict[str, Any]) -> str:
-        parts = [f"epoch {row['epoch'] + 1}/{trainer.max_epochs}"]
+        parts = [epoch_of(trainer).lower()]
         for key in ("train/loss", "val/loss", "val/top1"):
             if key in row:
                 value = f"{row[key]:.2%}" if key == "val/top1" else f"{row[key]:.4f}"
-                parts.append(f"{key} {value}")
+                parts.append(f"{key.removeprefix('train/')} {value}")
         parts.append(f"{row['images_per_second']:,.0f} images/s")
         parts.append(f"data wait {row['data_wait']:.0%}")
-        return "  ".join([*parts, f"{row['memory_mib']:,} MiB"])
+        parts.append(f"{row['memory_mib']:,} MiB")
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+        while len("  ".join(parts)) > width:
+            parts.pop()
+        return "  ".join(parts)
 
 
 def draw_curves(
@@ -256,6 +263,11 @@ def _over_epochs(
     steps = [0, *(int(row["step"]) for row in rows)]
     epochs = [0, *(int(row["epoch"]) + 1 for row in rows)]
     return numpy.interp([step for step, _ in rates], steps, epochs), [rate for _, rate in rates]
+
+
+def highest_learning_rate(trainer: Trainer) -> float:
+    """Return the rate of the group that learns fastest: the one that the config sets."""
+    return max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
 
 def _short(value: Any) -> Any:

@@ -23,7 +23,7 @@ class NonFiniteLossError(RuntimeError):
 @dataclass
 class _Step:
     number: int
-    rate: float
+    rates: list[float]  # learning rates of the groups
     batch: Any
     batch_index: int
     own_loss: Tensor  # of this process
@@ -50,9 +50,15 @@ class StopOnNonFiniteLoss(Callback):
         self.lag = lag
         self.path = path
         self.pending: deque[_Step] = deque()
+        self.rates: list[float] = []  # of the last step, the schedule being ahead
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pending.clear()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.rates = _learning_rates(trainer)
 
     def on_train_batch_end(
         self,
@@ -63,9 +69,8 @@ class StopOnNonFiniteLoss(Callback):
         batch_idx: int,
     ) -> None:
         own = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
         loss = _copied(own, trainer)
-        self.pending.append(_Step(trainer.global_step, rate, batch, batch_idx, own, *loss))
+        self.pending.append(_Step(trainer.global_step, self.rates, batch, batch_idx, own, *loss))
         alone = trainer.world_size == 1  # several processes must raise at the same step
         while self.pending and (
             len(self.pending) > self.lag or (alone and self.pending[0].has_arrived())
@@ -83,8 +88,8 @@ class StopOnNonFiniteLoss(Callback):
         self._look_at_all(trainer)
         if name := _non_finite_name(pl_module):
             raise NonFiniteLossError(
-                f"'{name}' is not finite after step {trainer.global_step} (epoch "
-                f"{trainer.current_epoch}); {_advice(trainer)}"
+                f"'{name}' is not finite after step {trainer.global_step} "
+                f"{_where(trainer, self.rates, pl_module, name)}; {_advice(trainer)}"
             )
 
     def _look_at_all(self, trainer: Trainer) -> None:
@@ -103,8 +108,8 @@ class StopOnNonFiniteLoss(Callback):
             facts = {"step": step.number, "batch_index": step.batch_index}
             where = _save_batch(self.path, trainer, step.batch, facts)
         raise NonFiniteLossError(
-            f"the loss is {step.loss.item()} at step {step.number} (epoch "
-            f"{trainer.current_epoch}, learning rate {step.rate:.3g}){where}; {_advice(trainer)}"
+            f"the loss is {step.loss.item()} at step {step.number} {_where(trainer, step.rates)}"
+            f"{where}; {_advice(trainer)}"
         )
 
 
@@ -183,8 +188,8 @@ class SkipNonFiniteSteps(Callback):
         if self.in_a_row >= self.limit:
             raise NonFiniteLossError(
                 f"{self.in_a_row} steps in a row had a loss or gradients that are not finite, the "
-                f"last one step {trainer.global_step + 1} (epoch {trainer.current_epoch})"
-                f"{where}; {_advice(trainer)}"
+                f"last one step {trainer.global_step + 1} "
+                f"{_where(trainer, _learning_rates(trainer))}{where}; {_advice(trainer)}"
             )
         if trainer.is_global_zero:
             print(
@@ -230,6 +235,28 @@ def _non_finite_name(module: nn.Module) -> str | None:
             return name
     # Infinity may be meant: masks hold it.
     return next((name for name, buffer in module.named_buffers() if buffer.isnan().any()), None)
+
+
+def _learning_rates(trainer: Trainer) -> list[float]:
+    return [float(group["lr"]) for group in trainer.optimizers[0].param_groups]
+
+
+def _where(
+    trainer: Trainer,
+    rates: list[float],
+    module: nn.Module | None = None,
+    name: str | None = None,
+) -> str:
+    """Return the epoch and a learning rate: of the group of a parameter, else the highest."""
+    groups = trainer.optimizers[0].param_groups
+    parameter = None if module is None else dict(module.named_parameters()).get(name or "")
+    own = [i for i, group in enumerate(groups) if any(p is parameter for p in group["params"])]
+    index = own[0] if own else max(range(len(rates)), key=rates.__getitem__)
+    rate = f"learning rate {rates[index]:.3g}"
+    if len(set(rates)) > 1:
+        highest = "" if own else "highest "
+        rate = f"{highest}{rate}, of '{groups[index].get('name', f'group {index}')}'"
+    return f"(epoch {trainer.current_epoch + 1}, {rate})"
 
 
 def _advice(trainer: Trainer) -> str:

@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from rich import get_console
+from rich.table import Column
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -56,6 +57,8 @@ class StepTimer:
 class ThroughputBar(EitherLightning, RichProgressBar):
     """Also shows the loss of the step, images/s of all devices, data wait and memory.
 
+    Takes one line; a terminal that is not wide gets the loss and images/s. Epochs count from 1.
+
     Lightning's own bar reads metrics at every step, which makes an accelerator wait; this one does
     so twice a second.
 
@@ -77,6 +80,8 @@ class ThroughputBar(EitherLightning, RichProgressBar):
         description, bar, batches, times, _ = super().configure_columns(trainer)
         if get_console().width < WIDE:
             bar.bar_width = 10
+        # The column of metrics is cut at the edge instead of wrapped.
+        self._metric_component._table_column = Column(no_wrap=True)  # type: ignore[union-attr]
         return [description, bar, batches, times]  # not batches/s, beside images/s
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,8 +138,20 @@ class ThroughputBar(EitherLightning, RichProgressBar):
             items["data wait"] = f"{waited / seconds:.0%}"
         if memory := peak_memory(trainer.strategy.root_device):
             items["memory"] = f"{memory:,.0f} MiB"
+        if get_console().width < WIDE:
+            items = {key: items[key] for key in ("loss", "images/s") if key in items}
         self.shown = items
         return items
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # As long as the other description, so that the bars are aligned.
+        return f"{epoch_of(self.trainer):{len(self.validation_description)}}"
+
+
+def epoch_of(trainer: Trainer) -> str:
+    """Return the current epoch, which counts from 1, as `Epoch 3/30`."""
+    end = trainer.max_epochs
+    return f"Epoch {trainer.current_epoch + 1}" + (f"/{end}" if end and end > 0 else "")
 
 
 def batch_size(batch: Any) -> int:

@@ -21,10 +21,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from repnet.config import unknown_key
-from repnet.errors import InputError
+from repnet.errors import InputError, first_line
 from repnet.spec import CONFIGS, choices, unknown_name
 
 BAD_INPUT, REFUSED, INTERRUPTED = 2, 3, 130
+FULL_ERROR = "HYDRA_FULL_ERROR"
+# Names of errors that explain themselves, beside those of bad input.
+_EXPECTED = {
+    "NonFiniteLossError",
+    "CheckpointWriteError",
+    "ExportError",
+    "OutOfMemoryError",
+    "PermissionError",
+}
 
 
 def run(
@@ -38,18 +47,32 @@ def run(
     (Ctrl-C, SIGTERM or SIGUSR1).
 
     A job of a multirun that fails lets the others run; then all failures are told, and the code is
-    that of the first.
+    that of the first. An error is one line; its traceback follows where nobody expected it, or
+    where HYDRA_FULL_ERROR=1 asks for it.
 
     Args:
         config_name: of the file in `configs`.
         job: called with the config.
         explain: returns the message of an error that says too little itself, else None.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
+    full = traceback_is_wanted()
+    os.environ[FULL_ERROR] = "1"  # Hydra raises, instead of printing and exiting with 1
     process = os.getpid()
     errors: list[tuple[str, Exception]] = []
 
+    def report(which: str, error: Exception) -> int:
+        message, code, bug = _explained(error, explain)
+        if isinstance(error, ConfigCompositionException):
+            message = _unknown_key(config_name, message)
+        if not hasattr(error, "was_told"):
+            _tell(f"error: {which}{' '.join(message.splitlines())}")
+            if bug or full:
+                traceback.print_exception(error)
+        return code
+
     def guarded(cfg: DictConfig) -> Any:
+        if not full:  # processes that the job starts do as the user wants
+            os.environ.pop(FULL_ERROR, None)
         try:
             return job(cfg)
         except Exception as error:
@@ -57,10 +80,12 @@ def run(
             several = hydra_config.mode == RunMode.MULTIRUN
             which = f"{' '.join(hydra_config.overrides.task)}: " if several else ""
             if os.getpid() != process:  # a launcher's worker
-                _tell(f"error: {which}{_explained(error, explain)[0]}")
+                report(which, error)
                 error.was_told = True  # type: ignore[attr-defined]
                 raise  # Hydra brings the first one to the process that sweeps
             errors.append((which, error))  # told below, without what Hydra would print around it
+        finally:
+            os.environ[FULL_ERROR] = "1"
 
     interrupted = False
     try:
@@ -75,14 +100,7 @@ def run(
                 "-m, hydra.sweep.dir)"
             )
         errors.append(("", failure))
-    codes = []
-    for which, error in errors:
-        message, code = _explained(error, explain)
-        if isinstance(error, ConfigCompositionException):
-            message = _unknown_key(config_name, message)
-        codes.append(code)
-        if not hasattr(error, "was_told"):
-            _tell(f"error: {which}{message}")
+    codes = [report(which, error) for which, error in errors]
     if interrupted:
         _tell("interrupted")
         sys.exit(INTERRUPTED)
@@ -90,19 +108,25 @@ def run(
         sys.exit(codes[0])
 
 
-def _explained(error: Exception, explain: Callable[[Exception], str | None]) -> tuple[str, int]:
-    """Return a failure's message and exit code; show the trace of one that is not expected."""
+def traceback_is_wanted() -> bool:
+    """Return whether the user asks for the traceback of errors that explain themselves, too."""
+    return os.environ.get(FULL_ERROR) == "1"
+
+
+def _explained(
+    error: Exception, explain: Callable[[Exception], str | None]
+) -> tuple[str, int, bool]:
+    """Return a failure's message, its exit code, and whether nobody expected it."""
     if isinstance(error, HydraException | OmegaConfBaseException | InputError):
-        return message_of(error), BAD_INPUT
+        return message_of(error), BAD_INPUT, False
     if str(error).startswith("Config group override must be"):  # Hydra's answer to group=null
-        return "a group cannot be set to null: leave it out, or choose none", BAD_INPUT
+        return "a group cannot be set to null: leave it out, or choose none", BAD_INPUT, False
     if message := explain(error):
-        return message, 1
+        return message, 1, False
     code = exit_code(error)
     if code is None:
-        traceback.print_exception(error)
-        return f"unexpected {type(error).__name__}: {error}", 1
-    return str(error), code
+        return f"unexpected {type(error).__name__}: {first_line(error)}", 1, True
+    return str(error), code, False
 
 
 def exit_code(error: Exception) -> int | None:
@@ -113,7 +137,7 @@ def exit_code(error: Exception) -> int | None:
         return BAD_INPUT
     if names & {"FoldMismatchError", "VerificationError"}:
         return REFUSED
-    return 1 if names & {"NonFiniteLossError", "CheckpointWriteError", "ExportError"} else None
+    return 1 if names & _EXPECTED else None
 
 
 def message_of(error: BaseException) -> str:

@@ -110,13 +110,13 @@ def _trial(cfg: DictConfig, made: Path, overrides: list[str]) -> float | None:
             with trials.as_single_run(directory, again if resume else overrides):
                 result = _train(cfg, directory, overrides, trial_of=trust, resume=resume)
         except Exception as error:
-            if command.exit_code(error) is None:
-                traceback.print_exc()
             message = command.message_of(error) if command.exit_code(error) else repr(error)
             failure = {"error": message, "type": type(error).__name__, "overrides": overrides}
             if main:
                 write_json(directory / "result.json", failure)
             print(f"job failed: {message}", file=sys.stderr, flush=True)
+            if command.exit_code(error) is None or command.traceback_is_wanted():
+                traceback.print_exc()
             return None
         return result["val"]["best"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +16,67 @@ from repnet.blocks import Block
 from repnet.files import write_text
 from repnet.kernel import NotFoldableError
 from repnet.symbolic import kernel_of, twin
-from repnet.training.parameter_groups import parameter_table
+from repnet.training.loggers import log_hyperparameters
+from repnet.training.parameter_groups import ParameterRow, parameter_table
 
 
 class ParameterTable(Callback):
-    """Print the optimizer's parameter groups, and blocks that grow where they are folded."""
+    """Print the optimizer's parameter groups, and blocks that grow where they are folded.
+
+    Groups whose names differ in their number only, such as one for each layer, share a line.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
         for optimizer in trainer.optimizers:
-            table = Table(title=type(optimizer).__name__, title_justify="left")
+            table = Table(
+                title=type(optimizer).__name__,
+                title_justify="left",
+                box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
+            )
             table.add_column("parameters")
             for column in ("tensors", "values", "learning rate", "weight decay"):
                 table.add_column(column, justify="right")
-            for row in parameter_table(optimizer, pl_module):
-                rate, decay = row.learning_rate, row.weight_decay
+            for name, rows in _alike(parameter_table(optimizer, pl_module)).items():
                 table.add_row(
-                    row.group,
-                    f"{row.parameters:,}",
-                    f"{row.values:,}",
-                    "-" if rate is None else f"{rate:.4g}",
-                    "-" if decay is None else f"{decay:.4g}",
+                    name,
+                    f"{sum(row.parameters for row in rows):,}",
+                    f"{sum(row.values for row in rows):,}",
+                    _range([row.learning_rate for row in rows]),
+                    _range([row.weight_decay for row in rows]),
                 )
             Console().print(table)
         for line in growing_blocks(pl_module):
             print(line, flush=True)
+
+
+def _alike(rows: Iterable[ParameterRow]) -> dict[str, list[ParameterRow]]:
+    """Return the rows by name, those whose names differ in their first number together."""
+    number = re.compile(r"\d+")
+    kinds: dict[str, list[ParameterRow]] = {}
+    for row in rows:
+        kinds.setdefault(number.sub("#", row.group, count=1), []).append(row)
+    named = {}
+    for alike in kinds.values():
+        numbers = list(dict.fromkeys("".join(number.findall(row.group)[:1]) for row in alike))
+        named[number.sub("-".join([numbers[0], *numbers[1:][-1:]]), alike[0].group, count=1)] = (
+            alike
+        )
+    return named
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    low, high = min(known), max(known)
+    return f"{low:.4g}" if low == high else f"{low:.2g} to {high:.2g}"
 
 
 def growing_blocks(network: nn.Module) -> list[str]:
@@ -68,7 +102,7 @@ def growing_blocks(network: nn.Module) -> list[str]:
 
 
 class RunConfig(Callback):
-    """Write `config.yaml` when training starts: then nothing is left that could be refused.
+    """Write `config.yaml` when training starts, and tell the loggers: nothing can be refused then.
 
     A resumed run that has nothing left to train keeps its own.
 
@@ -84,3 +118,4 @@ class RunConfig(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             write_text(self.path, yaml.safe_dump(self.config, sort_keys=False))
+            log_hyperparameters(trainer.loggers, self.config)

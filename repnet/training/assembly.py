@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from repnet.errors import InputError, first_line
@@ -18,6 +19,31 @@ from repnet.training.activation_checkpointing import checkpoint_activations
 from repnet.training.classifier import Classifier
 from repnet.training.learning_rate import describe_scaling, scaled_learning_rate
 from repnet.training.objectives import based
+
+
+def build_trainer(options: dict[str, Any], **own: Any) -> Trainer:
+    """Return the trainer that a config describes.
+
+    Args:
+        options: of the config.
+        **own: the arguments that are not the config's.
+
+    Raises:
+        InputError: the trainer does not take an option, or not on this machine.
+    """
+    # The data sets share themselves out, and `train` prints a summary of its own.
+    own |= {"use_distributed_sampler": False, "enable_model_summary": False}
+    try:
+        trainer: Trainer = build({**options, "_partial_": True})(**own)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        missing = options.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available()
+        # Lightning reports a device that it lacks so, and wrong values as ValueError.
+        lacks_gpu = missing and isinstance(error, MisconfigurationException)
+        advice = ". Without a GPU, use trainer=cpu" if lacks_gpu else ""
+        raise InputError(
+            f"the trainer cannot be set up: {str(error).rstrip('!.')}{advice}"
+        ) from error
+    return trainer
 
 
 def build_model(config: dict[str, Any], data: Any) -> tuple[dict[str, Any], nn.Module]:

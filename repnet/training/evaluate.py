@@ -7,14 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from repnet.callbacks import Pictures
 from repnet.complexity import count_parameters
-from repnet.errors import InputError
-from repnet.spec import build
+from repnet.training.assembly import build_trainer
 from repnet.training.classifier import Classifier
 from repnet.training.loggers import build_loggers, close_loggers
 
@@ -33,24 +30,17 @@ def evaluate(
     Raises:
         InputError: the trainer cannot be set up.
     """
-    trainer_options = {**config["trainer"], "_partial_": True}
+    trainer_options = dict(config["trainer"])
     trainer_options.pop("sync_batchnorm", None)  # nothing is trained
     loggers = build_loggers(config.get("logger"))
-    try:
-        trainer: pl.Trainer = build(trainer_options)(
-            callbacks=[Pictures(directory)],
-            logger=loggers,
-            default_root_dir=directory,
-            use_distributed_sampler=False,  # the data sets share themselves out
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stdout.isatty(),
-        )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).rstrip("!.")
-        raise InputError(
-            f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
-        ) from error
+    trainer = build_trainer(
+        trainer_options,
+        callbacks=[Pictures(directory)],
+        logger=loggers,
+        default_root_dir=directory,
+        enable_checkpointing=False,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
     classifier = Classifier(
         model.eval(), data.num_classes, channels_last=config.get("channels_last", False)
     )

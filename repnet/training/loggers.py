@@ -9,7 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+
 from repnet.errors import InputError
+from repnet.lightning import is_a
 from repnet.spec import build
 
 # Logger and the module that it needs; the extra of repnet has the name that the error gives.
@@ -20,6 +23,16 @@ _NEEDS = {
 }
 # What a resumed run's logger keeps of its config: plain words, no path and no address.
 _KEPT = ("name", "version", "project", "group", "experiment_name", "run_name", "offline")
+
+
+class TensorBoardLogger(pl.loggers.TensorBoardLogger):
+    """Writes the training and the test into one event file; Lightning starts a file for each."""
+
+    def save(self) -> None:
+        self.experiment.flush()  # Lightning adds an hparams.yaml, which config.yaml makes needless
+
+    def finalize(self, status: str) -> None:
+        self.save()  # without closing the file
 
 
 def build_loggers(config: Any) -> list[Any]:
@@ -66,8 +79,22 @@ def confined_loggers(config: Any, directory: Path) -> dict[str, Any]:
     return confined
 
 
+def log_hyperparameters(loggers: Sequence[Any], config: dict[str, Any]) -> None:
+    """Send the config of a run to its loggers."""
+    for logger in loggers:
+        # A resumed run goes on in its MLflow run, which takes each parameter only once.
+        taken = is_a(logger, "MLFlowLogger") and (
+            logger.experiment.get_run(logger.run_id).data.params
+        )
+        if not taken:
+            logger.log_hyperparams(config)
+
+
 def close_loggers(loggers: Sequence[Any]) -> None:
-    """Finish what would otherwise go on into the next run of this process: W&B."""
+    """Finish what would otherwise go on into the next run of this process."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.close()
     if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
         import wandb
 

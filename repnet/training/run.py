@@ -19,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from repnet import __version__
@@ -33,6 +33,7 @@ from repnet.callbacks import (
     SafeCheckpointIO,
     SaveOnInterrupt,
     SkipNonFiniteSteps,
+    StepMetrics,
     StopOnNonFiniteLoss,
     ThroughputBar,
 )
@@ -45,7 +46,12 @@ from repnet.files import sweep_leftovers
 from repnet.processes import is_main_process
 from repnet.spec import build, unknown_name, within
 from repnet.training.announcement import ParameterTable, RunConfig
-from repnet.training.assembly import build_classifier, build_model, images_per_step
+from repnet.training.assembly import (
+    build_classifier,
+    build_model,
+    build_trainer,
+    images_per_step,
+)
 from repnet.training.classifier import Classifier
 from repnet.training.find_lr import find_learning_rate
 from repnet.training.freezing import refuse_frozen_noise
@@ -157,11 +163,13 @@ def _train(
     on_nan = {"stop": StopOnNonFiniteLoss, "skip": SkipNonFiniteSteps}
     nan_policy = on_nan[config["on_nan"]](path=directory / "nan_batch.pt")
     chosen_callbacks = _build_callbacks(config["callbacks"])
+    loggers = build_loggers(config["logger"])
     callbacks: list[pl.Callback] = [
         CheckpointEntry(describe(record, data.describe())),
         ParameterTable(),
         RunConfig(record, directory),
         history,
+        *([StepMetrics(), LearningRateMonitor("step")] if loggers else []),
         CorruptImages(),
         best,
         *chosen_callbacks.values(),
@@ -180,22 +188,14 @@ def _train(
         callbacks.append(Pictures())
     if sys.stdout.isatty():
         callbacks.append(ThroughputBar())
-    loggers = build_loggers(config["logger"])
-    try:
-        trainer: pl.Trainer = build(trainer_options)(
-            callbacks=callbacks,
-            logger=loggers,
-            plugins=[SafeCheckpointIO()],
-            default_root_dir=directory,
-            use_distributed_sampler=False,  # the data sets share themselves out
-            enable_model_summary=False,
-            enable_progress_bar=sys.stdout.isatty(),
-        )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).rstrip("!.")
-        raise InputError(
-            f"the trainer cannot be set up: {reason}. Without a GPU, use trainer=cpu"
-        ) from error
+    trainer = build_trainer(
+        trainer_options,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[SafeCheckpointIO()],
+        default_root_dir=directory,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
     classifier = build_classifier(config, model, data, images_per_step(trainer, data))
     _check_monitors(keep["monitor"], chosen_callbacks, classifier)
     if main_process:
