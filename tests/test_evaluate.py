@@ -30,7 +30,7 @@ MODEL = {"_target_": "repnet.models.RepVGG", "depths": [1, 1, 1, 1], "widths": [
          "num_classes": 3}  # fmt: skip
 DATA = {"_target_": "repnet.data.FakeImages", "image_size": 16, "classes": 3, "train_size": 60,
         "batch_size": 8}  # fmt: skip
-FILES = {"eval.json", "per_class.csv", "confusion.png", "classes.png", "worst.png"}
+FILES = {"eval.json", "per_class.csv", "confusion.png", "classes.png", "worst.png", "worst.csv"}
 
 
 @pytest.fixture(scope="module")
