@@ -78,6 +78,21 @@ def test_the_command_writes_a_verified_model(checkpoint: Path) -> None:
     torch.testing.assert_close(deployed(images), train_form.eval()(images), rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_that_grows_says_so_and_deploys_as_one_convolution(tmp_path: Path) -> None:
+    branch = "{_target_: repnet.layers.conv_bn, _partial_: true, kernel_size: 3, dilation: %d}"
+    trained = run(
+        "train.py", f"hydra.run.dir={tmp_path / 'run'}", "trainer=debug", "pictures=false",
+        "block=composed", f"block.branches=[{branch % 1},{branch % 2}]", cwd=tmp_path,
+    )  # fmt: skip
+    assert "will deploy as one 5x5 convolution" in trained.stdout
+    report = deploy(tmp_path / "run", tmp_path / "deploy")
+    assert report["verified"]
+    assert any("grew: one convolution is larger" in line for line in report["warnings"])
+    deployed = repnet.load_deployed(tmp_path / "deploy")
+    convolutions = [m for m in deployed.modules() if isinstance(m, nn.Conv2d)]
+    assert {conv.kernel_size for conv in convolutions} == {(5, 5)}
+
+
 def test_nothing_is_overwritten_unasked(checkpoint: Path, tmp_path: Path) -> None:
     directory = tmp_path / "out"
     deploy(checkpoint, directory)
