@@ -431,7 +431,7 @@ def _misfits(target: Target) -> list[str]:
     problems = []
     for key, value in target.arguments.items():
         if key not in taken:
-            if not open_ended:
+            if not open_ended and value is not None:  # null is what the default's YAML left behind
                 known = unknown_name(f"argument of {name}", key, taken)
                 problems.append(f"{target.path}.{key}: {known}")
         elif key in hints and not _fits(hints[key], value):

@@ -38,7 +38,7 @@ def test_training_stops_before_a_bad_weight_is_saved(tmp_path: Path, every_n_ste
         callbacks=[StopOnNonFiniteLoss(every_n_steps), saver],
     )  # fmt: skip
     data = FakeImages(image_size=2, classes=3, train_size=12, batch_size=4)
-    with pytest.raises(NonFiniteLossError, match=r"nan at step 6 \(epoch 1, learning rate 0.125\)"
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 6 \(epoch 2, learning rate 0.125\)"
                        f".*last good checkpoint: {tmp_path / 'last.ckpt'}"):  # fmt: skip
         trainer.fit(module, data)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)

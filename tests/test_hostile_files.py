@@ -620,8 +620,11 @@ def test_class_names_are_escaped_in_reports_and_tables(tmp_path: Path) -> None:
     assert "\u202e" not in page
     pictures = Pictures(class_names=ESCAPES)
     pictures.classes = 3
-    pictures.images, pictures.values = torch.zeros(1, 3, 8, 8), torch.tensor([[2.0, 0.0, 1.0, 0.9]])
-    trainer: Any = SimpleNamespace(default_root_dir=tmp_path, loggers=[], global_step=1)
+    pictures.images = torch.zeros(1, 3, 8, 8)
+    pictures.values = torch.tensor([[2.0, 0.0, 1.0, 0.9, 7.0]])
+    trainer: Any = SimpleNamespace(
+        default_root_dir=tmp_path, loggers=[], global_step=1, test_dataloaders=None
+    )
     pictures._draw(trainer, np.array([[0, 1, 2], [1, 1, 2]]))
     rows = (tmp_path / "per_class.csv").read_text().splitlines()
     assert rows[1].startswith(r"cat\x1b[31m,1,")

@@ -272,7 +272,7 @@ def test_class_weights_that_do_not_fit_are_refused(weights: Any, message: str) -
     loss = {"_target_": "repnet.training.losses.CrossEntropy", "class_weights": weights}
     config, model = build_model(config_of(loss=loss), data)
     with pytest.raises(InputError, match=message):
-        build_classifier(config, model, data, None, 8)
+        build_classifier(config, model, data, 8)
 
 
 def test_balanced_class_weights_are_those_of_the_training_images() -> None:
@@ -281,7 +281,7 @@ def test_balanced_class_weights_are_those_of_the_training_images() -> None:
     data.splits[0].labels = torch.tensor([0, 0, 0, 1, 1, 2])  # type: ignore[index]
     loss = {"_target_": "repnet.training.losses.CrossEntropy", "class_weights": "balanced"}
     config, model = build_model(config_of(loss=loss), data)
-    module = build_classifier(config, model, data, None, 6)
+    module = build_classifier(config, model, data, 6)
     torch.testing.assert_close(module.objective.loss.weight, torch.tensor([2 / 3, 1, 2]))
 
 

@@ -114,7 +114,9 @@ def build_classifier(config: dict[str, Any], model: nn.Module, data: Any, batch:
         spec = config.get(key)
         if not spec:
             return None
-        counts = {"class_counts": data.class_counts()} if spec.get("class_weights") else {}
+        if spec.get("class_weights") is None:  # which a loss of one's own need not take
+            spec = {k: v for k, v in spec.items() if k != "class_weights"}
+        counts = {"class_counts": data.class_counts()} if "class_weights" in spec else {}
         spec = completed(spec, known | counts)
         return build({**spec, "_partial_": True} if partial else spec)
 
