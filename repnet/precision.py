@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from repnet import meta
+from repnet import meta_device
 
 CHUNK = 2**20  # values of a weight that are converted at a time
 ROUNDING = (Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -39,7 +39,7 @@ class InFloat64(TorchFunctionMode):
         if func is torch.conv2d and not types:
             return _conv2d(*args, **(kwargs or {}))
         func = Tensor.double if func in ROUNDING else func
-        return _exact(meta.run(func, _exact(args), _exact(kwargs or {})))
+        return _exact(meta_device.run(func, _exact(args), _exact(kwargs or {})))
 
 
 def _conv2d(

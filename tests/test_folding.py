@@ -337,6 +337,47 @@ def test_the_bias_of_a_convolution_is_scaled_too(x: Tensor) -> None:
     assert relative_error(expected, folded.bias) < TOLERANCE
 
 
+class Tally:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Counting(nn.Module):
+    """Keeps numbers in containers, which no tensor shows."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(4, 4), nn.BatchNorm2d(4)
+        self.kind, self.list, self.dict, self.nested = kind, [1], {"calls": 0}, {"calls": [0]}
+        self.object = Tally()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "list":
+            self.list.append(1)
+        elif self.kind == "dict":
+            self.dict["calls"] += 1
+        elif self.kind == "nested":
+            self.nested["calls"][0] += 1
+        else:
+            self.object.calls += 1
+        return self.norm(self.conv(x))
+
+    def state(self) -> tuple[Any, ...]:
+        return [*self.list], {**self.dict}, [*self.nested["calls"]], self.object.calls
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "nested", "object"])
+def test_what_a_forward_counts_is_kept_and_not_counted_by_the_fold(kind: str, x: Tensor) -> None:
+    model = ready(nn.Sequential(Counting(kind), RepVGGBlock(4, 4)))
+    before = model[0].state()
+    folded, report = reparameterize(model, x, return_report=True)
+    assert model[0].state() == folded[0].state() == before
+    assert "from call to call" in report.skipped["0.norm"]
+    assert "1.conv" in {fold.name for fold in report.folded}
+    folded(x)
+    assert folded[0].state() != before
+
+
 def dilated() -> Sum:
     """Return two branches that together need a 5x5."""
     return Sum(conv_bn(4, 4, 3), conv_bn(4, 4, 3, dilation=2))

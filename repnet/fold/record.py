@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 from torch.overrides import TorchFunctionMode
 
-from repnet import meta
+from repnet import meta_device
 from repnet.equivalence import tensors_in
 from repnet.fold.frame import Decision, Frame, holds_tensors, is_constant, mapped, signature_of
 from repnet.fold.sizes import Dim, sizes_followed
@@ -257,8 +257,9 @@ class Recorder(TorchFunctionMode):
         after = _state(module)
         for key in before.keys() | after.keys():
             old, new = before.get(key), after.get(key)
-            frame.keeps = frame.keeps or old is not new
-            if old is not new and old is not None and not isinstance(old, weakref.ref):
+            same = old is new or (isinstance(old, _Held) and isinstance(new, _Held) and old == new)
+            frame.keeps = frame.keeps or not same
+            if not same and old is not None and not isinstance(old, weakref.ref) and old != _Held():
                 frame.unclear = frame.unclear or f"it changes '{key}' from call to call"
         return frame, output
 
@@ -312,7 +313,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.paused or not self.frames:
-            return meta.run(func, args, kwargs)
+            return meta_device.run(func, args, kwargs)
         with self._pause():
             return self._seen(func, args, kwargs)
 
@@ -386,7 +387,7 @@ class Recorder(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         nodes = frame.node(args), frame.node(kwargs)
         versions = [_version(t) for t in tensors]
-        output = meta.run(func, mapped(args, Tensor, _same), mapped(kwargs, Tensor, _same))
+        output = meta_device.run(func, mapped(args, Tensor, _same), mapped(kwargs, Tensor, _same))
         changes = any(_version(t) != v for t, v in zip(tensors, versions, strict=True))
         if not changes and not holds_tensors(output):
             return output
@@ -424,8 +425,42 @@ def _positional(
     return args, rest
 
 
+class _Held:
+    """What was in a container, or in an object, to be compared by identity."""
+
+    def __init__(self, value: Any = ()) -> None:
+        self.items = list(_items(value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and list(map(id, self.items)) == list(map(id, other.items))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value
+        value = value.values()
+    for item in value:
+        if isinstance(item, list | tuple | set | Mapping):
+            yield from _items(item)
+        else:
+            yield item
+
+
 def _state(module: nn.Module) -> dict[str, Any]:
-    return {k: weakref.ref(v) if isinstance(v, Tensor) else v for k, v in vars(module).items()}
+    """Return the attributes of a module as they are now: tensors weakly, containers by contents."""
+    state: dict[str, Any] = {}
+    for key, value in vars(module).items():
+        if isinstance(value, Tensor):
+            state[key] = weakref.ref(value)
+        elif isinstance(value, list | set | Mapping):
+            state[key] = _Held(value)
+        elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, nn.Module):
+            state[key] = _Held([value, *vars(value).values()])
+        else:
+            state[key] = value
+    return state
 
 
 @has_side_effect

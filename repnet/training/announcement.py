@@ -52,7 +52,8 @@ class ParameterTable(Callback):
                     _range([row.weight_decay for row in rows]),
                 )
             Console().print(table)
-        for line in growing_blocks(pl_module):
+        network: Any = getattr(pl_module, "model", pl_module)  # without a teacher beside it
+        for line in growing_blocks(network):
             print(line, flush=True)
 
 
