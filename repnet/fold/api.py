@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repnet.convolution import Layer
 from repnet.equivalence import Inputs
 from repnet.fold.core import Built, Folding, Norms, Plan, RefusedError
 from repnet.fold.frame import Frame
@@ -388,4 +389,6 @@ def _what_feeds(survey: Survey, frame: Frame, norm: fx.Node) -> str:
         what += f" ({type(survey.modules[str(given.target)]).__name__})"
         if others:
             return f"{what}, which comes before it, also feeds '{others[0]}'; {_WANTED}"
+        if isinstance(survey.modules[str(given.target)], Layer):
+            return f"{what} comes before it, but is not known to feed it alone at every call"
     return f"it comes after {what}; {_WANTED}"
