@@ -100,6 +100,9 @@ def run(
                 "-m, hydra.sweep.dir)"
             )
         errors.append(("", failure))
+    finally:
+        if not full:
+            os.environ.pop(FULL_ERROR, None)
     codes = [report(which, error) for which, error in errors]
     if interrupted:
         _tell("interrupted")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from repnet.errors import InputError
@@ -87,18 +88,26 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for name, buffer in part._buffers.items()
         if buffer is not None and part.training
     ]
-
-    contexts = lambda: (nullcontext(), _Lent(before))
+    modes = _get_current_function_mode_stack()  # the backward pass runs outside of them
+    contexts = lambda: (nullcontext(), _Again(before, modes))
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-class _Lent:
-    """Gives modules copies of these buffers while it is entered, which it can be again."""
+class _Again:
+    """Gives modules copies of these buffers, and torch these modes, while it is entered.
 
-    def __init__(self, buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
-        self.buffers = buffers
+    It can be entered again.
+    """
+
+    def __init__(
+        self, buffers: list[tuple[nn.Module, str, Tensor]], modes: Sequence[TorchFunctionMode]
+    ) -> None:
+        self.buffers, self.modes = buffers, modes
 
     def __enter__(self) -> None:
+        self.entered = ExitStack()
+        for mode in self.modes:
+            self.entered.enter_context(mode)
         self.own = [part._buffers[name] for part, name, _ in self.buffers]
         for part, name, buffer in self.buffers:
             part._buffers[name] = buffer.clone()
@@ -106,3 +115,4 @@ class _Lent:
     def __exit__(self, *exception: object) -> None:
         for (part, name, _), own in zip(self.buffers, self.own, strict=True):
             part._buffers[name] = own
+        self.entered.close()

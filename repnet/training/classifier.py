@@ -15,10 +15,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 
 from repnet.errors import InputError
 from repnet.lightning import LightningModule
+from repnet.training.cpu_convolutions import CpuConvolutions
 from repnet.training.freezing import freeze as frozen_parts
 from repnet.training.objectives import Objective, Supervised
 from repnet.training.parameter_groups import repvgg_parameter_groups, scale_learning_rates
-from repnet.training.sliced import SlicedPointwise
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
@@ -116,9 +116,10 @@ class Classifier(LightningModule):
         return loss
 
     def _safely(self) -> AbstractContextManager[Any]:
-        """Return a context without the operator that crashes in channels_last on a CPU."""
-        last = self.memory_format is torch.channels_last
-        return SlicedPointwise() if last and self.device.type == "cpu" else nullcontext()
+        """Return a context without the convolutions that torch gets wrong on a CPU."""
+        if self.device.type != "cpu":
+            return nullcontext()
+        return CpuConvolutions(channels_last=self.memory_format is torch.channels_last)
 
     def on_train_batch_end(self, *args: Any) -> None:
         trainer = self.trainer

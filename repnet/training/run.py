@@ -405,11 +405,6 @@ def _refuse_impossible(config: dict[str, Any]) -> None:
         raise InputError(
             f"trainer.precision={precision} needs a GPU; on the CPU use bf16-mixed or 32-true"
         )
-    if config["channels_last"] and config.get("checkpoint_activations"):
-        raise InputError(
-            "channels_last=true on a CPU cannot be combined with checkpoint_activations, which "
-            "computes again what is replaced there, strided 1x1 convolutions; leave out one"
-        )
 
 
 def _announce(
