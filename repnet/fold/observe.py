@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -102,21 +102,23 @@ class _Observer:
         return [*self._first(copy, [(inputs, True)]), *self._first(copy, _varied(inputs))]
 
     def _first(self, copy: nn.Module, varied: Iterable[tuple[Inputs, bool]]) -> list[Recorder]:
-        """Return the first run that is possible."""
+        """Return the first runs that are possible: together, or else one by one."""
         meta = any(t.is_meta for t in chain(copy.parameters(), copy.buffers()))
+        floating = {t.dtype for t in copy.parameters() if t.is_floating_point()}
+        own = next(iter(floating), torch.get_default_dtype())
+        dtype = torch.float32 if torch.float64 in floating else torch.float64
+        ways = [(dtype, True)], [(dtype, False), (own, True)], [(own, False)]  # dtype, gradients
         for other, complete in varied:
-            floating = {t.dtype for t in copy.parameters() if t.is_floating_point()}
-            dtype = torch.float32 if torch.float64 in floating else torch.float64
-            if meta:
-                try:
-                    run = self.run(copy.to(dtype), other.to(dtype), gradients=True)
-                    return [_marked(run, complete)]
-                except Exception:  # it may have good reasons
-                    pass
-            try:
-                return [_marked(self.run(copy, other), complete)]
-            except Exception:  # not every model takes every size
-                continue
+            for way in ways if meta else ways[2:]:
+                runs = []
+                for wanted, gradients in way:
+                    with suppress(Exception):  # not every model takes all of this
+                        if meta:
+                            copy, other = copy.to(wanted), other.to(wanted)
+                        run = self.run(copy, other, gradients=gradients)
+                        runs.append(_marked(run, complete))
+                if runs:
+                    return runs
         return []
 
 

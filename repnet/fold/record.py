@@ -199,24 +199,26 @@ class Recorder(TorchFunctionMode):
         leaf = self.opaque(module, name)
         if self.inlined(name) and not leaf:
             return original(module, *args, **kwargs)
-        with self._pause():
+        with self._bookkeeping():
             given = _positional(module, args, kwargs)
             node = frame.graph.call_module(name, frame.node(given[0]), frame.node(given[1]))
             node.meta["time"] = frame.time
             frame.time += 1
             tensors = list(tensors_in((args, kwargs)))
             versions = [_version(t) for t in tensors]
-            if leaf:
-                self.leaves.setdefault(name, []).append((frame, node))
-                before, self.inside_leaf = self.inside_leaf, True
-                try:
+        if leaf:
+            self.leaves.setdefault(name, []).append((frame, node))
+            before, self.inside_leaf = self.inside_leaf, True
+            try:
+                with self._pause():
                     plain = mapped((args, kwargs), Tensor, _same)
                     output = original(module, *plain[0], **plain[1])
-                finally:
-                    self.inside_leaf = before
-            else:
-                child, output = self._framed(module, name, original, args, kwargs, frame)
-                node.meta["frame"] = child
+            finally:
+                self.inside_leaf = before
+        else:
+            child, output = self._framed(module, name, original, args, kwargs, frame)
+            node.meta["frame"] = child
+        with self._bookkeeping():
             return self._result(frame, node, output, tensors, versions)
 
     @contextmanager
@@ -227,6 +229,12 @@ class Recorder(TorchFunctionMode):
             yield
         finally:
             self.paused -= 1
+
+    @contextmanager
+    def _bookkeeping(self) -> Iterator[None]:
+        """Read tensors without a torch function for each attribute, which would take longer."""
+        with self._pause(), torch._C.DisableTorchFunction():
+            yield
 
     def _framed(
         self,
@@ -241,18 +249,16 @@ class Recorder(TorchFunctionMode):
         self.calls.setdefault(name, []).append(frame)
         before = _state(module)
         self.frames.append(frame)
-        paused, self.paused = self.paused, 1
         try:
-            args, kwargs = frame.enter(args, kwargs)
-            self.paused = 0
+            with self._bookkeeping():
+                args, kwargs = frame.enter(args, kwargs)
             output = original(module, *args, **kwargs)
-            self.paused = 1
-            frame.leave(output)
+            with self._bookkeeping():
+                frame.leave(output)
         except Exception as error:
             frame.unclear = f"it raises {type(error).__name__}"
             raise
         finally:
-            self.paused = paused
             self.frames.pop()
         after = _state(module)
         for key in before.keys() | after.keys():
