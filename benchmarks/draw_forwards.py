@@ -192,7 +192,7 @@ class Writer:
         maker, values = self.held(node)
         passed = {name: name for name in values} if node.passing != "default" else {}
         if node.passing == "decided":
-            passed |= {n: "bool(x.mean() > 0)" for n in passed if n.startswith("flag")}
+            passed |= {n: "bool(x.mean() > 0.1)" for n in passed if n.startswith("flag")}
         pattern = ", {1}" if node.passing == "positional" else ", {0}={1}"
         given = "".join(pattern.format(*item) for item in passed.items())
         call = node.call.replace("GIVEN", given).replace("HELD", f"self.nest{node.number}")

@@ -302,7 +302,7 @@ IDIOMS = {
         "x = good(conv(x)); if extra is not None: x = x + extra",
         "x = norm(conv(x) * factor)",
         "x = flagged(conv(x), flag)",
-        "x = flagged(conv(x), [[bool(x.mean() > 0)||relu=x.shape[-1] > 9||relu=flag]])",
+        "x = flagged(conv(x), [[bool(x.mean() > 0.1)||relu=x.shape[-1] > 9||relu=flag]])",
         "x = skipper(skipper(x), x)",
         "x = skipper(x[[||, skip=x||, extra]])",
         'y = conv(x); x = norm(y) if mode == "a" else y',
@@ -390,7 +390,7 @@ IDIOMS = {
     ],
     "control flow": [
         "y = conv(x); x = norm(y) if [[x.shape[-1] > 9||x.size(0) == 1||len(x) > 1]] else y",
-        "y = conv(x); x = norm(y) if [[x.mean() > 0||float(x.sum()) > 0||bool((x > 0).any())]] "
+        "y = conv(x); x = norm(y) if [[x.mean() > 0.1||float(x.sum()) > 0.1||bool((x > 0).any())]] "
         "else y",
         "y = good(conv(x)); x = y if [[y.sum() > 0||y.shape[2] % 2 == 0||x.numel() > 999]] else -y",
         "~while x.shape[-1] > 14: x = F.max_pool2d(x, 2); x = good(conv(x))",

@@ -155,6 +155,29 @@ def only_without_gradients(m: Any, x: Tensor) -> Tensor:
     return (y if torch.is_grad_enabled() else m.norm(y)).relu()
 
 
+def without_gradients_or_negative(m: Any, x: Tensor) -> Tensor:
+    y = only_without_gradients(m, x)
+    return y if x.shape[2] > 4 else -y
+
+
+def in_float64_or_negative(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y = m.norm(y) if x.dtype == torch.float64 else y
+    return y if x.shape[2] > 4 else -y
+
+
+def written_into_a_tensor(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    torch.add(y, 1.0, out=y)  # refuses gradients
+    return m.norm(y) if x.dtype == torch.float64 else y
+
+
+def keeps_and_decides(m: Any, x: Tensor) -> Tensor:
+    m.kept = m.conv(x)
+    y = m.norm(m.kept)
+    return y if x.shape[2] > 4 else -y
+
+
 def resized(m: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(m.norm(m.conv(x)).relu(), size)
 
@@ -232,6 +255,9 @@ DECISIONS = {
     ),
     "dtype of the image": Fault(lambda: pair(of_any_dtype), ways=(BYTES,), dtype=torch.float32),
     "gradients": Fault(lambda: pair(only_without_gradients), ways=(X,), others=(), left=("norm",)),
+    "gradients, and a size": Fault(
+        lambda: pair(without_gradients_or_negative), ways=(X, X[:, :, :3]), left=("norm",)
+    ),
     "size that is given": Fault(
         lambda: pair(resized),
         (X, (16, 16)),
@@ -1088,6 +1114,14 @@ def test_a_fold_holds_for_every_input(name: str, method: str) -> None:
                 assert_outputs_agree(expected, actual, tolerance)
 
 
+@pytest.mark.parametrize("forward", [in_float64_or_negative, written_into_a_tensor])
+def test_a_forward_that_reads_the_dtype_of_its_input_is_left(forward: Any) -> None:
+    model = randomize_batch_norm(pair(forward)).double()
+    result = repnet.reparameterize(model, X.double()).float()
+    with torch.no_grad():
+        assert_outputs_agree(model.float()(X.float()), result(X.float()), TOLERANCES[torch.float32])
+
+
 @every_method
 @every_fault
 def test_every_norm_that_is_left_is_named_with_a_reason(name: str, method: str) -> None:
@@ -1219,6 +1253,7 @@ def keeps_an_average(m: Any, x: Tensor) -> Tensor:
 
 KEEPERS: dict[str, Callable[[], nn.Module]] = {
     "features before the norm": lambda: pair(keeps_features, kept=None),
+    "features, and a size": lambda: pair(keeps_and_decides, kept=None),
     "list that grows": lambda: pair(keeps_a_list, kept=[]),
     "mask by size": lambda: pair(keeps_by_size, kept=None),
     "average": lambda: pair(keeps_an_average, kept=torch.zeros(())),

@@ -27,17 +27,20 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
     """
     scripts: list[list[Any]] = [[]]
     frames: list[Frame] = []
+    first = frame.recorder
+    if first.dtype_of_model() != first.dtype:  # another run was in another dtype
+        first.model.to(first.dtype)
     while scripts:
         script = scripts.pop()
         recorder = Recorder(
-            frame.module, lambda module, name: True, script=script, device=frame.recorder.device
+            frame.module, lambda module, name: True, script=script, device=first.device
         )
-        recorder.names = dict(frame.recorder.names)
-        recorder.constants = frame.recorder.constants
-        args, kwargs = mapped(frame.inputs, Shape, lambda shape: _empty(shape, frame.recorder))
+        recorder.names = dict(first.names)
+        recorder.constants = first.constants
+        args, kwargs = mapped(frame.inputs, Shape, lambda shape: _empty(shape, first))
         try:
-            with torch.no_grad(), torch.device("meta"):
-                recorder.run(args, kwargs)
+            with torch.device("meta"):
+                recorder.run(args, kwargs, gradients=first.gradients)
         except Exception as error:  # forward is anyone's code
             raise RecordingError(str(error)) from error
         (found,) = recorder.calls[frame.name]
@@ -52,5 +55,5 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
 
 
 def _empty(shape: Shape, recorder: Recorder) -> Tensor:
-    dtype = recorder.dtype_of_model() if shape.dtype.is_floating_point else shape.dtype
+    dtype = recorder.dtype if shape.dtype.is_floating_point else shape.dtype
     return torch.empty(shape.shape, dtype=dtype, device="meta")

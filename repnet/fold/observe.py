@@ -71,11 +71,7 @@ class _Observer:
         self.device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
 
     def run(self, copy: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Recorder:
-        """Return the frames of a run.
-
-        Gradients need tensors longer than the forward does, so that with them nothing is said of
-        what it keeps aside.
-        """
+        """Return the frames of a run."""
         recorder = Recorder(
             copy,
             is_opaque,
@@ -85,13 +81,9 @@ class _Observer:
         )
         meta = any(t.is_meta for t in chain(copy.parameters(), copy.buffers()))
         given: Any = tree_map(_clone, (inputs.args, inputs.kwargs or {}))
-        mode = torch.enable_grad() if gradients else torch.no_grad()
         device = torch.device("meta") if meta else nullcontext()
-        with mode, device, torch.random.fork_rng(devices=[]):
-            output = recorder.run(*given)
-        if not gradients:
-            recorder.mark_escaped(output)
-        del output, given
+        with device, torch.random.fork_rng(devices=[]):
+            recorder.run(*given, gradients=gradients)
         return recorder
 
     def second(self, copy: nn.Module, inputs: Inputs) -> list[Recorder]:

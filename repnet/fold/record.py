@@ -101,6 +101,7 @@ class Recorder(TorchFunctionMode):
         self.leaves: dict[str, list[tuple[Frame, fx.Node]]] = {}
         self.paused = 0
         self.inside_leaf = False
+        self.gradients = False
         self.autocast = _autocast()
         self.dtype = self.dtype_of_model()
 
@@ -109,12 +110,18 @@ class Recorder(TorchFunctionMode):
         found = (t.dtype for t in self.model.parameters() if t.is_floating_point())
         return next(found, torch.get_default_dtype())
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the model under observation; return its output.
+    def run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = False
+    ) -> None:
+        """Run the model under observation.
 
-        Raises:
-            RecordingError: there is no output.
+        Args:
+            args: of its forward.
+            kwargs: of its forward.
+            gradients: whether they are enabled. They need tensors longer than the forward does, so
+                that nothing can be said of those that it keeps aside.
         """
+        self.gradients = gradients
         original, set_attribute = nn.Module.__call__, nn.Module.__setattr__
         recorder = self
 
@@ -129,8 +136,10 @@ class Recorder(TorchFunctionMode):
         nn.Module.__call__ = called  # type: ignore[method-assign]
         nn.Module.__setattr__ = set_noted  # type: ignore[method-assign,assignment]
         try:
-            with self, sizes_followed(self.model):
-                return self.model(*args, **kwargs)
+            with torch.set_grad_enabled(gradients), self, sizes_followed(self.model):
+                output = self.model(*args, **kwargs)
+            if not gradients:
+                self._mark_escaped(output)
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
             nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
@@ -165,7 +174,7 @@ class Recorder(TorchFunctionMode):
         if not self.watched:
             sys.setprofile(None)
 
-    def mark_escaped(self, output: Any) -> None:
+    def _mark_escaped(self, output: Any) -> None:
         """Mark the tensors that are still there, though nobody returned them.
 
         Args:
