@@ -19,9 +19,9 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import repnet.callbacks.reparameterize as fold_callback
+from repnet.block_insertion import inserted_blocks
 from repnet.callbacks import FoldedValidation, OverParameterize, Reparameterize
 from repnet.equivalence import FoldMismatchError
-from repnet.surgery import inserted_blocks
 from tests.commands import run
 
 

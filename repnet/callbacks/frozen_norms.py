@@ -10,10 +10,10 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repnet.block_insertion import Where
 from repnet.callbacks.reparameterize import find_network
 from repnet.errors import InputError
 from repnet.lightning import Callback
-from repnet.surgery import Where
 
 
 class FreezeBatchNorm(Callback):

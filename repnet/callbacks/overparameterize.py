@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
+from repnet.block_insertion import MakeBlock, Where, insert_blocks
 from repnet.lightning import Callback
-from repnet.surgery import MakeBlock, Where, insert_blocks
 
 _NOT_TRAINED = ("loss", "criterion", "metric")
 

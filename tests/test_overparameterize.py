@@ -12,11 +12,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from repnet import surgery
+from repnet import kernel_transfer
+from repnet.block_insertion import insert_blocks, inserted_blocks, overparameterize
 from repnet.fold import reparameterize
 from repnet.layers import conv_bn
 from repnet.spec import CONFIGS, build, load_choice
-from repnet.surgery import insert_blocks, inserted_blocks, overparameterize
 from repnet.symbolic import kernel_of
 from tests.models import randomize_batch_norm, relative_error
 
@@ -435,12 +435,15 @@ def test_a_convolution_that_the_parent_also_uses_stays_shared() -> None:
 
 def test_convolutions_of_equal_shape_are_analyzed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    analyze = surgery._Swap._analyze
-    monkeypatch.setattr(
-        surgery._Swap, "_analyze", lambda swap: (shapes.append(swap.name), analyze(swap))[1]
-    )
+    find_roles = kernel_transfer.find_roles
+
+    def counted(block: nn.Module, conv: nn.Conv2d) -> kernel_transfer.Roles:
+        shapes.append((conv.in_channels, conv.out_channels, conv.bias is not None))
+        return find_roles(block, conv)
+
+    monkeypatch.setattr(kernel_transfer, "find_roles", counted)
     sizes = [(4, 4, True), (4, 8, True), (8, 8, True), (8, 8, True), (8, 8, False)]
     model = nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1, bias=b) for i, o, b in sizes)).eval()
     x = images(2, 4, 9, 9)
     assert relative_error(model(x), overparameterize(model, "dbb")(x)) < SINGLE
-    assert shapes == ["0", "1", "2", "4"]
+    assert shapes == [sizes[0], sizes[1], sizes[2], sizes[4]]
