@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -154,15 +154,15 @@ def conditions_of(where: Where | Sequence[Where]) -> list[Where]:
     return list(where) if isinstance(where, Sequence) and not isinstance(where, str) else [where]
 
 
-def matching(condition: Where, modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    """Return the names of the submodules of `model` for which one condition of a `where` holds."""
+def matches(condition: Where, name: str, model: nn.Module) -> bool:
+    """Return whether one condition of a `where` holds for the submodule of this name."""
     if isinstance(condition, str):
-        return [name for name in modules if fnmatchcase(name, condition)]
+        return fnmatch.fnmatchcase(name, condition)
     if isinstance(condition, type):
-        homes = (m for m in model.modules() if isinstance(m, condition))
-        inside = {id(m) for home in homes for m in home.modules()}
-        return [name for name, m in modules.items() if id(m) in inside]
-    return [name for name, m in modules.items() if condition(name, m)]
+        path = name.split(".")
+        homes = (model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1))
+        return any(isinstance(home, condition) for home in homes)
+    return condition(name, model.get_submodule(name))
 
 
 def _select(
@@ -176,8 +176,8 @@ def _select(
         return {name: False for name, conv in convolutions.items() if conv.kernel_size != (1, 1)}
     selected: dict[str, bool] = {}
     for condition in conditions_of(where):
-        names = matching(condition, convolutions, model)
-        if isinstance(condition, str) and not (names or matching(condition, inserted, model)):
+        names = [name for name in convolutions if matches(condition, name, model)]
+        if isinstance(condition, str) and not names and not fnmatch.filter(inserted, condition):
             raise ValueError(
                 f"where='{condition}' matches no convolution; there are "
                 + (", ".join(convolutions) or "none")
@@ -230,7 +230,7 @@ def _build(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:
     new = new.to(device=weight.device, dtype=weight.dtype).train(conv.training)
     if not weight.requires_grad:
         new.requires_grad_(False)
-    new.original_bias = conv.bias is not None
+    new.original_bias = conv.bias is not None  # type: ignore[assignment]
     return with_attributes(new, conv)  # a forward may ask for its stride
 
 

@@ -1,8 +1,8 @@
-"""Initializes a block so that its folded kernel is that of a given convolution.
+"""Initializes blocks so that they fold to given convolutions.
 
-Nothing is known of the block but its kernel, and how the kernel depends on the parameters. One
-convolution of the block, which the kernel contains channel by channel, takes over the old weight:
-the other branches are made small, and then its weight and one bias are solved for.
+A block may be any module that `kernel_of` folds. How its kernel depends on its parameters says
+which convolution of the block can take over the old weight, and which layer the old bias. The other
+branches are made small, and then that weight and that bias are solved for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from repnet.equivalence import FoldMismatchError, Inputs
 from repnet.kernel import ConvKernel
 from repnet.symbolic import evaluating, kernel_of
 
-# Size that the branches which end with a norm start with, as a share of the old kernel's.
+# Branches that end with a norm start with at most this share of the old kernel's size, together.
 SHARE = 0.1
-# Largest error, in roundings of the largest value that enters the folded kernel.
+# Largest allowed error of a kernel, in roundings of the largest value that enters it.
 ROUNDINGS = 8
 
 
@@ -35,13 +35,13 @@ class Roles:
 
 
 class KernelTransfer:
-    """Moves the kernel of a convolution into a block.
+    """Moves the kernel of a convolution into a block of the same shape.
 
     Args:
-        name: of the convolution.
-        conv: the convolution, not changed.
-        block: a block of the same shape, whose parameters are changed.
-        known: roles of layers by the shape of the block, each found once; new ones are added.
+        name: name of the convolution.
+        conv: is not changed.
+        block: its parameters are changed by the methods.
+        known: a cache of the roles, which blocks of equal shape share.
 
     Raises:
         ValueError: nothing in the block can take over the weight or the bias.
@@ -66,7 +66,7 @@ class KernelTransfer:
             norm.reset_parameters()
         rough = torch.promote_types(self.conv.weight.dtype, torch.float32)  # twice as fast
         kernel, leaves = self._differentiable(rough)
-        scale = self._slope(kernel.weight, leaves[0])
+        scale = _slope(kernel.weight, leaves[0])
         weights = [norm.weight.clone() for norm in self.ends]
         for norm in self.ends:
             norm.weight.zero_()
@@ -82,11 +82,20 @@ class KernelTransfer:
     def solve(self) -> None:
         """Set the main weight, and the bias, so that the kernel is that of the convolution."""
         kernel, leaves = self._differentiable(torch.float64)
-        # No strict: there may be no bias.
         for parameter, leaf, target, actual in zip(
-            self._solved(self.block), leaves, self.target, _tensors(kernel), strict=False
+            self._solved(self.block),
+            leaves,
+            self.target,
+            _tensors(kernel),
+            strict=False,  # there may be no bias to solve for
         ):
-            parameter.copy_(leaf + (target - actual) / self._slope(actual, leaf))
+            slope = _slope(actual, leaf)
+            if not slope.abs().min() > 1e-9 * slope.abs().max():
+                raise ValueError(
+                    f"cannot over-parameterize '{self.name}': a scale of the block is zero, "
+                    f"perhaps only in {self.conv.weight.dtype}; do it in float32"
+                )
+            parameter.copy_(leaf + (target - actual) / slope)
 
     def check(self) -> None:
         """Do nothing if the kernel is that of the convolution, up to rounding.
@@ -115,33 +124,24 @@ class KernelTransfer:
 
     @torch.enable_grad()
     def _differentiable(self, dtype: torch.dtype) -> tuple[ConvKernel, list[Tensor]]:
-        """Return the kernel of a copy, and the parameters of the copy that are solved for."""
+        """Return the kernel of a copy of the block, and the copies of what is solved for."""
         copy = deepcopy(self.block).to(dtype).requires_grad_(False)
         leaves = [leaf.requires_grad_() for leaf in self._solved(copy)]
         return kernel_of(copy, self.conv.in_channels), leaves
-
-    def _slope(self, output: Tensor, leaf: Tensor) -> Tensor:
-        slope = _slope(output, leaf)
-        if not slope.abs().min() > 1e-9 * slope.abs().max():
-            raise ValueError(
-                f"cannot over-parameterize '{self.name}': a scale of the block is zero, perhaps "
-                f"only in {self.conv.weight.dtype}; do it in float32"
-            )
-        return slope
 
 
 @torch.no_grad()
 def transfer_kernels(
     model: nn.Module, transfers: list[KernelTransfer], batches: list[Any] | None
 ) -> None:
-    """Give every block the kernel of its convolution.
+    """Give every block the kernel of its convolution in `model`.
 
     Args:
-        model: holds the convolutions.
-        transfers: from its convolutions to the blocks.
-        batches: inputs of the model, from which the norms learn their statistics; None for norms
-            that keep the statistics that they have.
+        model: is not changed.
+        transfers: one for each block.
+        batches: inputs of the model, from which the norms learn their statistics, unless None.
     """
+    norms: list[Any]
     if batches is not None:
         modules = (m for transfer in transfers for m in transfer.block.modules())
         norms = [m for m in modules if isinstance(m, _BatchNorm)]
@@ -150,11 +150,11 @@ def transfer_kernels(
         transfer.start()
         transfer.solve()
     if batches is not None:
-        # What the norms behind a main convolution receive depends on the weight found above. They
-        # learn it in evaluation mode, in which they receive what the final module will give them.
+        # The norms behind a main convolution receive what its new weight gives them. They observe
+        # it in evaluation mode, in which the norms in front of them compute their final maps.
         norms = [norm for transfer in transfers for norm in transfer.path]
         _learn_statistics(norms, model, transfers, batches, training=False)
-        for norm in norms:  # it computes what it did with the statistics 0 and 1
+        for norm in norms:  # keep the map that it was with the statistics 0 and 1
             factor = norm.weight / (1 + norm.eps) ** 0.5
             norm.weight.copy_(factor * (norm.running_var + norm.eps).sqrt())
             norm.bias.add_(factor * norm.running_mean)
@@ -172,9 +172,9 @@ def _learn_statistics(
     *,
     training: bool,
 ) -> None:
-    """Give norms the average statistics of their inputs while the blocks see what the model sees.
+    """Give norms the average statistics of what they receive.
 
-    Each block receives what its convolution does, in training or in evaluation mode.
+    The model runs in evaluation mode. Each block is called on the inputs of its convolution.
     """
     receivers: dict[nn.Module, nn.Module] = {t.conv: t.block.train(training) for t in transfers}
     for norm in norms:
@@ -200,14 +200,12 @@ def _learn_statistics(
 
 @torch.enable_grad()
 def find_roles(block: nn.Module, conv: nn.Conv2d) -> Roles:
-    """Find the layers of a block that can take over the weight and the bias of a convolution.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Find the layers of a block that can take over the weight and the bias of a convolution."""
     copy: nn.Module = deepcopy(block).double().requires_grad_()
     layers: dict[str, Any] = dict(copy.named_modules())
-    norms = {n: m for n, m in layers.items() if isinstance(m, _BatchNorm) and m.affine}
+    norms: dict[str, Any] = {
+        name: m for name, m in layers.items() if isinstance(m, _BatchNorm) and m.affine
+    }
     convs = {n: m for n, m in layers.items() if type(m) is nn.Conv2d}
     statistics = (s for norm in norms.values() for s in (norm.running_mean, norm.running_var))
     with torch.no_grad():  # without zeros and ones by which branches only happen to be alike
@@ -217,9 +215,8 @@ def find_roles(block: nn.Module, conv: nn.Conv2d) -> Roles:
     mains = (name for name, m in convs.items() if _is_scaled(weight, m.weight))
     if (main := next(mains, None)) is None:
         raise ValueError("no branch of the block has a convolution that can take its weight")
-    # A norm is behind the main convolution if its weight scales what the kernel owes to that.
-    owed = _gradient(weight, convs[main].weight)
-    path = [name for name, norm in norms.items() if _gradient(owed, norm.weight).any()]
+    scale = _slope(weight, convs[main].weight)  # the norms behind it multiply it
+    path = [name for name, norm in norms.items() if _gradient(scale, norm.weight).any()]
     candidates = dict.fromkeys((*reversed(path), main, *reversed(norms), *convs))
     biased = [name for name in candidates if layers[name].bias is not None]
     biases = [name for name in biased if _is_scaled(bias, layers[name].bias)]
@@ -257,5 +254,5 @@ def _gradient(output: Tensor, leaf: Tensor) -> Tensor:
     """Return the gradient of the sum of `output`, which can be differentiated again."""
     if not output.requires_grad:
         return torch.zeros_like(leaf)
-    options = {"create_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(output.sum(), leaf, **options)[0]
+    total = output.sum()
+    return torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)[0]
