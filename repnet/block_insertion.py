@@ -193,10 +193,10 @@ def _check_plain(conv: nn.Conv2d, names: Mapping[nn.Module, str]) -> None:
     if conv._forward_hooks or conv._forward_pre_hooks:
         raise ValueError("it has a forward hook; remove it first")
     for key, parameter in conv.named_parameters(recurse=False):
-        for other in names.keys() - {conv}:
-            for tied in (k for k, p in other._parameters.items() if p is parameter):
-                where = f"{names[other]}.{tied}"
-                raise ValueError(f"its {key} is also '{where}', and a block would untie the two")
+        for other, name in names.items():
+            ties = [f"{name}.{k}" for k, p in other._parameters.items() if p is parameter]
+            if ties and other is not conv:
+                raise ValueError(f"its {key} is also '{ties[0]}', and a block would untie the two")
 
 
 def _build(conv: nn.Conv2d, make: MakeBlock) -> nn.Module:

@@ -124,6 +124,15 @@ def test_norms_may_be_absorbed_and_batches_limited() -> None:
     assert fold.report["samples"] == 8
 
 
+def test_a_convolution_that_the_rest_of_the_module_uses_stays_shared() -> None:
+    module: Any = Module()
+    module.parts = nn.ModuleDict({"net": module.net})
+    module.again = module.net[3]
+    OverParameterize(attribute="parts.net").setup(trainer(), module, "fit")
+    assert list(inserted_blocks(module)) == ["net.0", "net.3"]
+    assert module.again is module.net[3]
+
+
 def test_without_validation_the_training_data_is_used() -> None:
     fold = Reparameterize()
     limits = {"limit_val_batches": 0, "limit_train_batches": 2}

@@ -114,6 +114,9 @@ def test_the_shorter_side_counts_and_resizing_is_antialiased() -> None:
     expected = functional.interpolate(images, (4, 4), mode="bilinear", antialias=True)
     torch.testing.assert_close(received[0], expected)
     assert not torch.allclose(received[0], functional.interpolate(images, (4, 4), mode="bilinear"))
+    module.net.eval()(images, torch.ones(1))
+    assert received.pop() is images
+    module.net.train()
     resizing.on_exception(trainer, module, RuntimeError())
     module.net(images, torch.ones(1))
     assert received[1] is images

@@ -55,15 +55,14 @@ class OverParameterize(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.configure_model()  # Lightning calls it again, which has no effect
-        name = self.attribute or ""
         replaced = insert_blocks(
-            pl_module.get_submodule(name),
+            pl_module.get_submodule(self.attribute or ""),
             self.block,
             where=self.where,
             init=self.init,
             batches=self.batches,
             excluded=metrics_and_losses(pl_module) if self.attribute is None else (),
-            parent=pl_module.get_submodule(name.rpartition(".")[0]),
+            parent=pl_module,
         )
         self.replaced = replaced or self.replaced
 
