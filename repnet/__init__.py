@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from repnet.block_insertion import overparameterize as overparameterize
     from repnet.checkpoint import load_checkpoint as load_checkpoint
     from repnet.deploy.artifact import load_deployed as load_deployed
     from repnet.deploy.artifact import save_deployed as save_deployed
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from repnet.kernel import NotFoldableError as NotFoldableError
     from repnet.models import create_model as create_model
     from repnet.models import list_models as list_models
-    from repnet.surgery import overparameterize as overparameterize
     from repnet.symbolic import kernel_of as kernel_of
     from repnet.weights import convert_weights as convert_weights
     from repnet.weights import load_weights as load_weights
@@ -41,7 +41,7 @@ _HOMES = {
     "load_checkpoint": "checkpoint",
     "load_deployed": "deploy.artifact",
     "load_weights": "weights",
-    "overparameterize": "surgery",
+    "overparameterize": "block_insertion",
     "reparameterize": "fold",
     "reparameterize_graph": "fold",
     "save_deployed": "deploy.artifact",

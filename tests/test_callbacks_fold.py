@@ -19,9 +19,9 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import repnet.callbacks.reparameterize as fold_callback
+from repnet.block_insertion import inserted_blocks
 from repnet.callbacks import FoldedValidation, OverParameterize, Reparameterize
 from repnet.equivalence import FoldMismatchError
-from repnet.surgery import inserted_blocks
 from tests.commands import run
 
 
@@ -122,6 +122,15 @@ def test_norms_may_be_absorbed_and_batches_limited() -> None:
     trainer(OverParameterize("ac", attribute="net"), fold).fit(module, loader(), loader())
     assert not [m for m in fold.folded.modules() if isinstance(m, nn.BatchNorm2d)]
     assert fold.report["samples"] == 8
+
+
+def test_a_convolution_that_the_rest_of_the_module_uses_stays_shared() -> None:
+    module: Any = Module()
+    module.parts = nn.ModuleDict({"net": module.net})
+    module.again = module.net[3]
+    OverParameterize(attribute="parts.net").setup(trainer(), module, "fit")
+    assert list(inserted_blocks(module)) == ["net.0", "net.3"]
+    assert module.again is module.net[3]
 
 
 def test_without_validation_the_training_data_is_used() -> None:

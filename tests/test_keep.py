@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repnet.block_insertion import overparameterize
 from repnet.fold import reparameterize
 from repnet.kernel import NotFoldableError
 from repnet.layers import Sum, conv, conv_bn
-from repnet.surgery import overparameterize
 from tests.models import randomize_batch_norm, relative_error
 
 TOLERANCE = 1e-12

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from repnet.callbacks import ProgressiveAugmentation, ProgressiveResizing
-from repnet.callbacks.progressive import _Resize
+from repnet.callbacks.progressive import resized
 from repnet.data.augment import ProgressiveRandAugment
 from repnet.errors import InputError
 
@@ -114,6 +114,9 @@ def test_the_shorter_side_counts_and_resizing_is_antialiased() -> None:
     expected = functional.interpolate(images, (4, 4), mode="bilinear", antialias=True)
     torch.testing.assert_close(received[0], expected)
     assert not torch.allclose(received[0], functional.interpolate(images, (4, 4), mode="bilinear"))
+    module.net.eval()(images, torch.ones(1))
+    assert received.pop() is images
+    module.net.train()
     resizing.on_exception(trainer, module, RuntimeError())
     module.net(images, torch.ones(1))
     assert received[1] is images
@@ -121,9 +124,9 @@ def test_the_shorter_side_counts_and_resizing_is_antialiased() -> None:
 
 def test_images_in_half_precision_are_resized() -> None:
     images = torch.rand(2, 3, 12, 12)
-    half = _Resize(7).resized(images.bfloat16())
+    half = resized(images.bfloat16(), [7])
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), _Resize(7).resized(images), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(half.float(), resized(images, [7]), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from repnet.block_insertion import Where, conditions_of, matches
 from repnet.callbacks.reparameterize import find_network
 from repnet.errors import InputError
 from repnet.lightning import Callback
-from repnet.surgery import Where
 
 
 class FreezeBatchNorm(Callback):
@@ -53,15 +51,11 @@ class FreezeBatchNorm(Callback):
             return
         network = find_network(pl_module, self.attribute)
         norms = {n: m for n, m in network.named_modules() if isinstance(m, _BatchNorm)}
-        conditions = (
-            self.where
-            if isinstance(self.where, Sequence) and not isinstance(self.where, str)
-            else ["*" if self.where is None else self.where]
-        )
+        conditions = conditions_of("*" if self.where is None else self.where)
         self.norms = {
             name: norm
             for name, norm in norms.items()
-            if any(_holds(condition, name, norm, network) for condition in conditions)
+            if any(matches(condition, name, network) for condition in conditions)
         }
         if not self.norms:
             raise InputError(
@@ -82,13 +76,3 @@ class FreezeBatchNorm(Callback):
     ) -> None:
         for norm in self.norms.values():  # whatever has called `train()`
             norm.training = False
-
-
-def _holds(condition: Where, name: str, norm: nn.Module, network: nn.Module) -> bool:
-    if isinstance(condition, str):
-        return fnmatchcase(name, condition)
-    if isinstance(condition, type):
-        parts = name.split(".")
-        around = (network.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
-        return isinstance(norm, condition) or any(isinstance(m, condition) for m in around)
-    return condition(name, norm)

@@ -1,9 +1,10 @@
-"""`EquivalentKernelDecay`: weight decay of what will be deployed."""
+"""`EquivalentKernelDecay`: weight decay of the kernels that will be deployed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,29 +27,29 @@ from repnet.symbolic import kernel_of, twin
 
 
 class EquivalentKernelDecay(Callback):
-    """Decay the folded kernel of every multi-branch block, in place of the weights of its branches.
+    """Decay the folded kernel of every multi-branch block instead of the weights of its branches.
 
-    The gradient of `weight_decay / 2 * |K|^2` is added to the gradients before they are clipped,
-    with K the weight that `kernel_of` gives for the block in evaluation: running variances are
-    constants, and weights of convolutions, gammas and layer scales receive their part. What
-    receives one is left out of the optimizer's own weight decay; biases, betas, plain convolutions
-    with their norms, and the head are not.
+    The gradient of `weight_decay / 2 * |K|^2` is added to the gradients before they are clipped. K
+    is the weight that `kernel_of` gives for the block in evaluation mode: running variances are
+    constants, and the weights of convolutions, gammas and layer scales receive their part. The
+    optimizer's own weight decay then skips these parameters. It still applies to biases and betas,
+    to plain convolutions with their norms, and to the head.
 
-    RepVGG's authors published a formula for their block (`get_custom_L2`, after arXiv:2101.03697),
-    which differs: it divides each weight of the kernel by how strongly the branches act on it,
+    RepVGG's authors published a different formula for their block (`get_custom_L2`, after
+    arXiv:2101.03697): it divides each weight of the kernel by how strongly the branches act on it,
     `gamma^2 / var` summed over the branches that reach it, holds the gammas constant, and leaves
-    the identity out. What it decays is the smallest `|branch weights|^2` that gives the kernel, so
-    that a coefficient of usual weight decay fits. `normalize=True` is that formula, for every block
+    the identity out. It decays the smallest `|branch weights|^2` that gives the kernel, so that
+    coefficients of ordinary weight decay fit. `normalize=True` applies that formula to every block
     whose kernel is linear in the weights of its convolutions.
 
-    The optimizer's parameter groups are split while it steps, and only then: schedules, other
-    callbacks and checkpoints see them as they were made, and a run may be resumed with or without
-    this callback. With Adam and AdamW the penalty is a part of the gradient, not decoupled from it.
+    The optimizer's parameter groups are split only while it steps. Schedules, other callbacks and
+    checkpoints see them as they were made, and a run may be resumed with or without this callback.
+    With Adam and AdamW the penalty is a part of the gradient, not decoupled from it.
 
     Args:
         weight_decay: the coefficient; the published one is 1e-4, normalized.
-        attribute: where the network is, as in `Reparameterize`.
-        normalize: the published formula in place of the exact kernel.
+        attribute: path of the network, as in `Reparameterize`.
+        normalize: use the published formula instead of the exact kernel.
 
     Raises:
         InputError: no block was found, the strategy shards parameters, or `normalize=True` with a
@@ -69,7 +70,7 @@ class EquivalentKernelDecay(Callback):
         self.blocks: list[FoldableBlock] | None = None  # found in the first step
         self._example: Any = None
         self._handles: list[Any] = []
-        self._whole: dict[Optimizer, list[dict[str, Any]]] = {}  # groups of those that step
+        self._whole: dict[Optimizer, list[dict[str, Any]]] = {}  # groups before the split
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_a(trainer.strategy, *SHARDING):
@@ -87,7 +88,7 @@ class EquivalentKernelDecay(Callback):
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._example = as_example(network, Inputs(args, kwargs))
-            handle.remove()  # what has hooks is not folded
+            handle.remove()  # modules with hooks are not folded
 
         handle = network.register_forward_pre_hook(keep, with_kwargs=True)
         self._handles = [handle]
@@ -148,7 +149,7 @@ class EquivalentKernelDecay(Callback):
         return blocks
 
     def _split(self, optimizer: Optimizer, decayed: set[int]) -> None:
-        """Give the parameters of these identities groups of their own, without weight decay."""
+        """Move the parameters with these ids into groups of their own, without weight decay."""
         self._whole[optimizer] = optimizer.param_groups
         optimizer.param_groups = []
         for group in self._whole[optimizer]:
@@ -165,28 +166,20 @@ class EquivalentKernelDecay(Callback):
 
 @dataclass(frozen=True)
 class FoldableBlock:
-    """A module that is one convolution in evaluation.
-
-    Args:
-        name: in the network.
-        module: the module itself, as it is trained.
-        in_channels: of its input.
-        axes: spatial axes of its input.
-    """
+    """A module that computes one convolution in evaluation mode."""
 
     name: str
     module: nn.Module
     in_channels: int
-    axes: int
+    axes: int  # spatial axes of the input
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """Trained parameters of all modules but norms."""
+        """The trained weights of all modules other than norms."""
         norms = [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
         left_out = {id(p) for norm in norms for p in norm.parameters()}
         return [p for p in self.parameters if id(p) not in left_out and p.ndim > 1]
@@ -199,42 +192,45 @@ class FoldableBlock:
         """Check that each weight enters one weight of the kernel, and linearly.
 
         Raises:
-            InputError: it does not, or enters several.
+            InputError: a weight enters several, or not linearly.
         """
         weights = self.weights
         if not weights:
             return
         with torch.enable_grad():
             kernel = self.kernel()
-            back = _Transposed(kernel, weights)
+            jacobian = _Jacobian(kernel, weights)
             curved = torch.autograd.grad(
-                [b.sum() for b in back.values if b.requires_grad],
+                [c.sum() for c in jacobian.column_sums if c.requires_grad],
                 weights,
                 retain_graph=True,
-                allow_unused=True,
+                materialize_grads=True,
             )
             with isolate_rng():
-                sign = torch.empty_like(kernel).bernoulli_().mul_(2).sub_(1)
-            pulled = torch.autograd.grad(kernel, weights, sign, retain_graph=True)
-            spread = back(pulled) - back([b.detach() for b in back.values]) * sign
-        if any(c is not None and c.any() for c in curved) or spread.abs().max() > 1e-3:
+                sign = torch.randn_like(kernel).sign()
+            back = torch.autograd.grad(kernel, weights, sign, retain_graph=True)
+            spread = jacobian @ back - jacobian.reach() * sign
+        if any(c.any() for c in curved) or spread.abs().max() > 1e-3:
             raise InputError(
                 f"EquivalentKernelDecay: the kernel of '{self.name}' is no sum of scaled "
                 "convolutions, which the published formula needs; use normalize=False"
             )
 
 
-class _Transposed:
-    """`v -> J^T v` and `u -> J u` of the Jacobian J of a kernel by its weights."""
+class _Jacobian:
+    """The Jacobian of a kernel with respect to weights, one row for each weight of the kernel."""
 
     def __init__(self, kernel: Tensor, weights: Sequence[nn.Parameter]) -> None:
         self.ones = torch.ones_like(kernel, requires_grad=True)
-        # J^T 1; linear in the ones, so that its derivative by them is J
-        self.values = torch.autograd.grad(kernel, weights, self.ones, create_graph=True)
+        # This is linear in the ones, and its derivative with respect to them is the Jacobian.
+        self.column_sums = torch.autograd.grad(kernel, weights, self.ones, create_graph=True)
 
-    def __call__(self, directions: Sequence[Tensor]) -> Tensor:
-        (product,) = torch.autograd.grad(self.values, self.ones, directions, retain_graph=True)
-        return product
+    def __matmul__(self, direction: Sequence[Tensor]) -> Tensor:
+        return torch.autograd.grad(self.column_sums, self.ones, direction, retain_graph=True)[0]
+
+    def reach(self) -> Tensor:
+        """Return the squared length of each row, if each column has one entry."""
+        return self @ [c.detach() for c in self.column_sums]
 
 
 def foldable_blocks(network: nn.Module, example_input: Any) -> list[FoldableBlock]:
@@ -245,39 +241,35 @@ def foldable_blocks(network: nn.Module, example_input: Any) -> list[FoldableBloc
         example_input: as for `reparameterize`.
     """
     source = prepared(network)
-    # A part that is compiled has a twin here, whose statistics must be those that are trained.
+    # A compiled part is a copy here, which must share the statistics of the part that is trained.
     buffers = {name.replace("_orig_mod.", ""): b for name, b in network.named_buffers()}
     for name, buffer in list(source.named_buffers()):
         owner, _, key = name.rpartition(".")
         source.get_submodule(owner)._buffers[key] = buffers.get(name, buffer)
+    fold: Any = partial(reparameterize, norms="keep", method="modules", return_report=True)
     with isolate_rng():
-        try:  # without values the algebra costs nothing
+        try:  # tensors without values make the algebra cheap
             sketch = twin(source, device="meta")
-            example = tree_map(without_values, example_input)
-            folded, report = reparameterize(
-                sketch, example, norms="keep", method="modules", return_report=True
-            )
+            folded, report = fold(sketch, tree_map(without_values, example_input))
         except ValueError:  # forward reads values
-            folded, report = reparameterize(
-                source, example_input, norms="keep", method="modules", return_report=True
-            )
+            folded, report = fold(source, example_input)
     blocks = []
-    for fold in report.folded:
-        layers = (m for m in folded.get_submodule(fold.name).modules() if isinstance(m, Layer))
-        layer = next(layers)  # it may stand behind a padding
+    for name in (found.name for found in report.folded):
+        layers = (m for m in folded.get_submodule(name).modules() if isinstance(m, Layer))
+        layer = next(layers)  # a padding may precede it
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        module = source.get_submodule(fold.name)
-        blocks.append(FoldableBlock(fold.name, module, channels, layer.weight.ndim - 2))
+        module = source.get_submodule(name)
+        blocks.append(FoldableBlock(name, module, channels, layer.weight.ndim - 2))
     return blocks
 
 
 def kernel_gradients(
     blocks: Iterable[FoldableBlock], *, normalize: bool = False
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield parameters with the gradient of `|K|^2 / 2`, with K the kernel of their block.
+    """Yield each parameter with its gradient of `|K|^2 / 2`, where K is the kernel of its block.
 
     Args:
-        blocks: of `foldable_blocks`.
+        blocks: see `foldable_blocks`.
         normalize: see `EquivalentKernelDecay`.
     """
     for block in blocks:  # one at a time, so that their kernels need not be held together
@@ -288,17 +280,17 @@ def kernel_gradients(
             kernel = block.kernel()
             gradient = kernel.detach()
             if normalize:
-                back = _Transposed(kernel, parameters)
-                reach = back([b.detach() for b in back.values])
-                gradient = back([w.detach() for w in parameters]) / reach.where(reach > 0, 1)
+                jacobian = _Jacobian(kernel, parameters)
+                reach = jacobian.reach()
+                gradient = jacobian @ [w.detach() for w in parameters] / reach.where(reach > 0, 1)
             found = torch.autograd.grad(kernel, parameters, gradient, allow_unused=True)
         yield from ((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
 
 
 def _share_statistics(blocks: Sequence[FoldableBlock]) -> None:
-    """Take the first process's running statistics, as DDP does before each forward.
+    """Copy the running statistics of the first process, as DDP does before each forward.
 
-    Each process has those of its own batches until then, and would decay its own copy of the
+    Until then each process has those of its own batches, with which it would decay its copy of the
     weights differently from the others.
     """
     buffers = [b for block in blocks for b in block.module.buffers() if b.is_floating_point()]

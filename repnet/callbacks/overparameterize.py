@@ -1,4 +1,4 @@
-"""`OverParameterize`: any network is trained in a multi-branch form."""
+"""`OverParameterize`: trains any network in a multi-branch form."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
+from repnet.block_insertion import MakeBlock, Where, insert_blocks
 from repnet.lightning import Callback
-from repnet.surgery import MakeBlock, Where, insert_blocks
 
 _NOT_TRAINED = ("loss", "criterion", "metric")
 
@@ -19,19 +19,19 @@ _NOT_TRAINED = ("loss", "criterion", "metric")
 class OverParameterize(Callback):
     """Replace convolutions of the LightningModule by blocks, before its optimizers are made.
 
-    See `repnet.overparameterize`, here done in place. It happens in `setup`, so that a checkpoint
-    of the run fits when it is resumed or tested; a module in which it happened stays as it is. A
-    network must exist by then: one made in `configure_model` does, because that hook is called
-    first, one made in `LightningModule.setup` does not.
+    This is `repnet.overparameterize`, done in place. It happens in `setup`, so that a checkpoint of
+    the run fits when it is resumed or tested; a module that already has its blocks stays as it is.
+    The network must exist by then: make it in `__init__` or in `configure_model`, not in
+    `LightningModule.setup`, which Lightning calls later.
 
     Args:
         block: as in `overparameterize`.
-        where: as there; names are relative to `attribute`.
-        init: as there.
-        batches: as there, on the CPU; they are given to the network.
-        attribute: where the network is, as in `"model"` or `"model.backbone"`; None for the whole
-            LightningModule without its metrics and losses (torchmetrics, losses of torch.nn, and
-            what has "loss", "criterion" or "metric" in its name).
+        where: as in `overparameterize`; names are relative to `attribute`.
+        init: as in `overparameterize`.
+        batches: as in `overparameterize`, on the CPU; they are passed to the network.
+        attribute: path of the network, such as `"model"` or `"model.backbone"`; None for the whole
+            LightningModule without its metrics and losses, which are recognized by their type
+            (torchmetrics, losses of torch.nn) or by "loss", "criterion" or "metric" in their name.
 
     Example:
         >>> trainer = Trainer(callbacks=[OverParameterize("dbb"), Reparameterize("deploy")])
@@ -54,26 +54,21 @@ class OverParameterize(Callback):
         self.replaced: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.configure_model()  # Lightning calls it again, and it does nothing then
-        network: nn.Module = pl_module
-        parent = None
-        if self.attribute is not None:
-            network = pl_module.get_submodule(self.attribute)
-            parent = pl_module.get_submodule(self.attribute.rpartition(".")[0])
+        pl_module.configure_model()  # Lightning calls it again, which has no effect
         replaced = insert_blocks(
-            network,
+            pl_module.get_submodule(self.attribute or ""),
             self.block,
             where=self.where,
             init=self.init,
             batches=self.batches,
             excluded=metrics_and_losses(pl_module) if self.attribute is None else (),
-            parent=parent,
+            parent=pl_module,
         )
         self.replaced = replaced or self.replaced
 
 
 def metrics_and_losses(module: nn.Module) -> list[nn.Module]:
-    """Return the submodules that are no part of the network, by their type or name."""
+    """Return the submodules whose type or name says that they are not part of the network."""
     return [
         m
         for name, m in module.named_modules()

@@ -1,4 +1,4 @@
-"""Training that begins with small images and weak augmentation, as MobileOne's does."""
+"""Training that begins with small images and weak augmentation (MobileOne, arXiv:2206.04040)."""
 
 from __future__ import annotations
 
@@ -24,35 +24,44 @@ ByEpoch = Mapping[int, T] | Iterable[tuple[int, T]]
 class ProgressiveResizing(Callback):
     """Resize the images that the network receives in training, to a size that grows with the epoch.
 
-    Antialiased bilinear, on the device, in front of the network; validation and all else sees the
-    images as they are. It can be resumed, and needs no change of the data.
+    The resizing is bilinear and antialiased, and runs on the device, in front of the network.
+    Validation sees the images as they are. The data needs no change, and the run can be resumed.
 
     Args:
-        sizes: pixels (of the shorter side, or height and width) by the epoch, from 0, in which they
-            begin, or pairs of these; before the first one images are as they are.
-        attribute: where the network is, as in `Reparameterize`. Its inputs of four dimensions and
-            floating point are the images.
+        sizes: pixels (of the shorter side, or height and width) by the epoch from which they hold,
+            counted from 0, or pairs of an epoch and a size. Before the first of these epochs images
+            are not resized.
+        attribute: path of the network, as in `Reparameterize`. Its floating-point inputs of four
+            dimensions are taken for images.
 
     Example:
         >>> trainer = Trainer(callbacks=[ProgressiveResizing({0: 160, 37: 192, 112: 224})])
     """
 
     def __init__(self, sizes: ByEpoch[int | Sequence[int]], attribute: str | None = None) -> None:
-        self.sizes = _by_epoch("ProgressiveResizing(sizes=...)", sizes)
+        self.sizes = {
+            epoch: [size] if isinstance(size, int) else list(size)
+            for epoch, size in _by_epoch("ProgressiveResizing(sizes=...)", sizes).items()
+        }
         for size in self.sizes.values():
-            if any(side < 1 for side in _sides(size)):
+            if min(size) < 1:
                 raise InputError(f"ProgressiveResizing: {size} pixels; sizes are 1 or more")
         self.attribute = attribute
         self.handle: RemovableHandle | None = None
 
-    # The hook is there in a step of training only, so that nobody folds or copies it.
+    # The hook exists during a training step only, so that no fold or copy of the network has it.
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         size = _at(self.sizes, trainer.current_epoch)
-        if size is not None:
-            network = find_network(pl_module, self.attribute)
-            self.handle = network.register_forward_pre_hook(_Resize(size), with_kwargs=True)
+        if size is None:
+            return
+
+        def resize(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return tree_map(lambda x: resized(x, size), (args, kwargs)) if module.training else None
+
+        network = find_network(pl_module, self.attribute)
+        self.handle = network.register_forward_pre_hook(resize, with_kwargs=True)
 
     def on_train_batch_end(self, *args: Any, **options: Any) -> None:
         self._remove()
@@ -66,39 +75,36 @@ class ProgressiveResizing(Callback):
             self.handle = None
 
 
-class _Resize:
-    def __init__(self, size: int | Sequence[int]) -> None:
-        self.size = size
+def resized(value: Any, size: Sequence[int]) -> Any:
+    """Return images in another size, anything else unchanged.
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        return tree_map(self.resized, (args, kwargs)) if module.training else None
-
-    def resized(self, value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()):
-            return value
-        old = value.shape[-2:]
-        new = _sides(self.size)
-        if len(new) == 1:
-            new = [round(side * new[0] / min(old)) for side in old]
-        if list(old) == list(new):
-            return value
-        wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-        resized = functional.interpolate(wide, new, mode="bilinear", antialias=True)
-        return resized.to(value.dtype)  # not every device interpolates in half precision
+    Args:
+        value: images are floating-point tensors `(batch, channels, height, width)`.
+        size: `[shorter side]` or `[height, width]`, pixels.
+    """
+    if not (isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()):
+        return value
+    old = list(value.shape[-2:])
+    new = list(size) if len(size) == 2 else [round(side * size[0] / min(old)) for side in old]
+    if old == new:
+        return value
+    # Not every device interpolates in half precision.
+    wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    return functional.interpolate(wide, new, mode="bilinear", antialias=True).to(value.dtype)
 
 
 class ProgressiveAugmentation(Callback):
     """Strengthen `repnet.data.augment.ProgressiveRandAugment` with the epoch.
 
-    It reaches worker processes, those that persist, too.
+    The change also reaches worker processes, persistent ones included.
 
     Args:
-        scales: share of the full magnitude by the epoch, from 0, in which it begins, or pairs of
-            these; before the first one it is 1.
-        transforms: that hold the augmentation; None for `trainer.datamodule.augment`.
+        scales: share of the full magnitude by the epoch from which it holds, counted from 0, or
+            pairs of an epoch and a share. Before the first of these epochs it is 1.
+        transforms: transforms that contain the augmentation; None for `trainer.datamodule.augment`.
 
     Raises:
-        InputError: there is no such augmentation.
+        InputError: they do not contain it.
 
     Example:
         >>> trainer = Trainer(callbacks=[ProgressiveAugmentation({0: 0.3, 37: 0.7, 112: 1.0})])
@@ -122,7 +128,7 @@ class ProgressiveAugmentation(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # The loaders' workers begin before the trainer knows its epoch.
+        # The workers of the loaders start before the trainer restores its epoch.
         loops = checkpoint["loops"]["fit_loop"]
         progress = loops["epoch_progress"]["current"]
         ended = loops["epoch_loop.batch_progress"]["is_last_batch"]
@@ -167,7 +173,3 @@ def _by_epoch(name: str, values: ByEpoch[T]) -> dict[int, T]:
 def _at(values: Mapping[int, T], epoch: int) -> T | None:
     begun = [value for start, value in values.items() if start <= epoch]
     return begun[-1] if begun else None
-
-
-def _sides(size: int | Sequence[int]) -> list[int]:
-    return [size] if isinstance(size, int) else list(size)

@@ -1,4 +1,4 @@
-"""`Reparameterize`: the trained network is folded, verified and saved at the end."""
+"""`Reparameterize`: folds, verifies and saves the trained network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from repnet.callbacks.overparameterize import metrics_and_losses
 from repnet.equivalence import Equivalence, FoldMismatchError, Inputs, compare
 from repnet.files import write_atomically, write_json
-from repnet.fold import FoldReport, reparameterize
+from repnet.fold import reparameterize
 from repnet.lightning import Callback
 from repnet.symbolic import evaluating
 
-# Predictions that change while all outputs agree this well, in roundings of the dtype, are ties.
+# If all outputs agree up to this many roundings of the dtype, a changed prediction was a tie.
 ROUNDINGS = 64
 
 
@@ -32,22 +32,22 @@ class Reparameterize(Callback):
     """Fold the network after training, compare both forms on the validation data, and save.
 
     The LightningModule stays as it is; the folded network is `callback.folded`. Both forms are
-    compared in float64 with the weights as they are saved. All processes fold and compare, each on
-    its share of the data, and must agree; the first one writes `model.safetensors` (the state dict)
-    and `report.json`, whose figures are of its share.
+    compared in float64, with the weights as they are saved. Every process folds and compares on its
+    share of the data, and all must agree. The first process writes `model.safetensors` (the state
+    dict) and `report.json`, whose figures are those of its share.
 
     Args:
-        save_dir: of the two files; None writes nothing.
-        attribute: where the network is, as in `"model"`; None for the only child of the
+        save_dir: where to write the two files; None writes nothing.
+        attribute: path of the network, such as `"model"`; None for the only child of the
             LightningModule that holds convolutions (metrics and losses aside), or else the
             LightningModule itself.
         norms: "keep" for the architecture from before `OverParameterize`, key for key; "absorb"
             also folds norms that follow convolutions.
-        limit_batches: of the validation data (the training data if there are none) to compare on;
-            None for all.
+        limit_batches: number of batches of the validation data (or, without any, of the training
+            data) to compare on; None for all.
 
     Raises:
-        FoldMismatchError: a prediction changed; only the report was written.
+        FoldMismatchError: folding changed a prediction; only the report was written.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Reparameterize(Callback):
         self.report: dict[str, Any] = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Later than `on_train_end`, in which averaged weights are put into the network.
+        # Not in `on_train_end`, where other callbacks put averaged weights into the network.
         device, home = trainer.strategy.root_device, pl_module.device
         pl_module.to(device if device.type == "cuda" else home)
         try:
@@ -88,7 +88,15 @@ class Reparameterize(Callback):
         )
         folded = folded.cpu()
         same = trainer.strategy.reduce_boolean_decision(_same_predictions(equivalence, folded))
-        self.report = self._describe(equivalence, fold_report, same)
+        self.report = {
+            "verified": same,
+            "norms": self.norms,
+            "samples": equivalence.samples,
+            "agreement": equivalence.agreement,
+            "max_relative_error": equivalence.max_relative_error,
+            "folded": [fold.name for fold in fold_report.folded],
+            "skipped": fold_report.skipped,
+        }
         if self.save_dir is not None and trainer.is_global_zero:
             if same:
                 _save(folded, self.save_dir / "model.safetensors")
@@ -102,22 +110,9 @@ class Reparameterize(Callback):
             )
         self.folded = folded
 
-    def _describe(
-        self, equivalence: Equivalence, fold_report: FoldReport, same: bool
-    ) -> dict[str, Any]:
-        return {
-            "verified": same,
-            "norms": self.norms,
-            "samples": equivalence.samples,
-            "agreement": equivalence.agreement,
-            "max_relative_error": equivalence.max_relative_error,
-            "folded": [fold.name for fold in fold_report.folded],
-            "skipped": fold_report.skipped,
-        }
-
 
 def _same_predictions(equivalence: Equivalence, network: nn.Module) -> bool:
-    """Return whether no prediction changed but for ties."""
+    """Return whether no prediction changed, ties aside."""
     epsilons = [torch.finfo(p.dtype).eps for p in network.parameters() if p.is_floating_point()]
     close = equivalence.max_relative_error <= ROUNDINGS * max(epsilons)
     return close or equivalence.agreement == 1
@@ -134,7 +129,7 @@ def _save(network: nn.Module, path: Path) -> None:
 
 
 def find_network(pl_module: LightningModule, attribute: str | None) -> nn.Module:
-    """Return what is folded: see `Reparameterize`."""
+    """Return the network within a LightningModule; `attribute` is that of `Reparameterize`."""
     if attribute is not None:
         return pl_module.get_submodule(attribute)
     others = {id(m) for m in metrics_and_losses(pl_module)}  # metrics overload `==`
@@ -149,10 +144,10 @@ def find_network(pl_module: LightningModule, attribute: str | None) -> nn.Module
 def network_inputs(
     trainer: Trainer, pl_module: LightningModule, network: nn.Module
 ) -> Iterator[Inputs]:
-    """Yield what the network receives in the LightningModule's own step, batch by batch.
+    """Yield the inputs of the network in the LightningModule's own step, batch by batch.
 
     Each step is stopped at the network's first call, so that it logs nothing. The batches are those
-    of the trainer's validation; where there are none, of its training.
+    of the trainer's validation or, without any, of its training.
 
     Raises:
         RuntimeError: the step does not call the network, or there is no batch.
@@ -166,9 +161,9 @@ def network_inputs(
 
 
 def step_arguments(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the arguments of each step of one validation, else of one epoch.
+    """Yield the name and the arguments of each step of one validation, or else of one epoch.
 
-    Batches are on the module's device and went through its hooks, as in the trainer's own loops.
+    As in the trainer's own loops, batches are on the module's device and went through its hooks.
     """
     loaders, name, mode = trainer.val_dataloaders, "validation_step", "sequential"
     limits: list[Any] = list(trainer.num_val_batches)
@@ -183,7 +178,7 @@ def step_arguments(trainer: Trainer, pl_module: LightningModule) -> Iterator[tup
     counted = is_param_in_hook_signature(getattr(pl_module, name), "batch_idx", min_args=2)
     for batch, index, loader in combined:
         if index >= limits[loader]:
-            return  # the modes of training do not know limits
+            return  # only the sequential mode applies limits itself
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=loader)
         batch = trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=loader)
@@ -191,7 +186,7 @@ def step_arguments(trainer: Trainer, pl_module: LightningModule) -> Iterator[tup
 
 
 class _Received(Exception):
-    """Carries what a network received out of the step that called it."""
+    """Ends a step at the call of the network, and carries the inputs out."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs

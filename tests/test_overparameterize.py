@@ -12,11 +12,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from repnet import surgery
+from repnet import kernel_transfer
+from repnet.block_insertion import insert_blocks, inserted_blocks, overparameterize
+from repnet.equivalence import FoldMismatchError
 from repnet.fold import reparameterize
-from repnet.layers import conv_bn
+from repnet.layers import Scale, Sum, conv_bn
 from repnet.spec import CONFIGS, build, load_choice
-from repnet.surgery import insert_blocks, inserted_blocks, overparameterize
 from repnet.symbolic import kernel_of
 from tests.models import randomize_batch_norm, relative_error
 
@@ -240,7 +241,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("conv", "reason"), REFUSALS)
 def test_what_is_named_but_impossible_is_refused_by_name(conv: nn.Conv2d, reason: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), conv)
-    for where in ("1", lambda name, m: m is not None):
+    for where in ("1", lambda name, m: m is not None, ["1", nn.Conv2d]):
         with pytest.raises(ValueError, match=f"'1': .*({reason})"):
             overparameterize(model, where=where)  # type: ignore[arg-type]
     assert set(inserted_blocks(overparameterize(model))) == {"0"}
@@ -276,6 +277,37 @@ def test_a_callable_may_return_any_affine_module() -> None:
         new = overparameterize(old, make)
         assert_same_kernel(new, old)
         assert not [m for m in new.modules() if isinstance(m, nn.ReLU)]
+
+
+def scaled(value: float) -> Callable[..., nn.Module]:
+    return lambda i, o, **options: nn.Sequential(conv_bn(i, o, **options), Scale(value, o))
+
+
+def test_the_branch_that_takes_over_the_weight_holds_it_whatever_its_scale() -> None:
+    old = nn.Conv2d(4, 8, 3, padding=1)
+    new = overparameterize(old, scaled(1e-3))
+    torch.testing.assert_close(new[0].conv.weight, old.weight)
+    with pytest.raises(ValueError, match=r"'': a scale of the block is zero.*do it in float32"):
+        overparameterize(old, scaled(0.0))
+
+
+def test_a_convolution_that_others_mix_does_not_take_over_the_weight() -> None:
+    def make(i: int, o: int, **options: int) -> nn.Module:
+        return Sum(nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 1)), conv_bn(i, o))
+
+    old = nn.Conv2d(4, 4, 3, padding=1)
+    assert_same_kernel(overparameterize(old, make), old)
+
+
+def test_a_bias_that_cannot_be_undone_is_refused() -> None:
+    def make(i: int, o: int, **options: int) -> nn.Module:
+        norm = nn.BatchNorm2d(o, affine=False)
+        return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), randomize_batch_norm(norm))
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False))
+    with pytest.raises(FoldMismatchError, match="the block that replaces '0' does not fold to it"):
+        insert_blocks(model, make)
+    assert type(model[0]) is nn.Conv2d
 
 
 class Activated(nn.Module):
@@ -435,12 +467,15 @@ def test_a_convolution_that_the_parent_also_uses_stays_shared() -> None:
 
 def test_convolutions_of_equal_shape_are_analyzed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    analyze = surgery._Swap._analyze
-    monkeypatch.setattr(
-        surgery._Swap, "_analyze", lambda swap: (shapes.append(swap.name), analyze(swap))[1]
-    )
+    find_roles = kernel_transfer.find_roles
+
+    def counted(block: nn.Module, conv: nn.Conv2d) -> kernel_transfer.Roles:
+        shapes.append((conv.in_channels, conv.out_channels, conv.bias is not None))
+        return find_roles(block, conv)
+
+    monkeypatch.setattr(kernel_transfer, "find_roles", counted)
     sizes = [(4, 4, True), (4, 8, True), (8, 8, True), (8, 8, True), (8, 8, False)]
     model = nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1, bias=b) for i, o, b in sizes)).eval()
     x = images(2, 4, 9, 9)
     assert relative_error(model(x), overparameterize(model, "dbb")(x)) < SINGLE
-    assert shapes == ["0", "1", "2", "4"]
+    assert shapes == [sizes[0], sizes[1], sizes[2], sizes[4]]
