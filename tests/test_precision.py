@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -205,6 +205,27 @@ def test_containers_of_tensors_are_exact() -> None:
         first, _ = torch.ones(4).split(2)
     assert joined.dtype == values.dtype == first.dtype == torch.float64
     assert indices.dtype == torch.int64
+
+
+class OwnList(list):
+    pass
+
+
+class OwnTuple(tuple):
+    pass
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize("kind", [OwnList, OwnTuple, lambda parts: Pair(*parts)])
+def test_containers_of_other_classes_are_exact(kind: Callable[[list[Tensor]], Any]) -> None:
+    parts = [torch.rand(2, 3), torch.rand(2, 3)]
+    with InFloat64():
+        joined = torch.cat(kind(parts))
+    torch.testing.assert_close(joined, torch.cat(parts).double(), rtol=0, atol=0)
 
 
 def test_nothing_is_changed_outside() -> None:
