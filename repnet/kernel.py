@@ -25,7 +25,6 @@ class NotAffineError(NotFoldableError):
 
 
 def _sends_to(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that applies the rule of a torch function."""
     return lambda *args, **kwargs: ConvKernel.__torch_function__(func, (), args, kwargs)
 
 
@@ -441,15 +440,20 @@ def _place(kernels: Sequence[ConvKernel], rows: Sequence[slice]) -> ConvKernel:
             place.append(slice(start, start + hop * (a.size - 1) + 1, hop))
     first, out_channels = kernels[0], rows[-1].stop
     dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
-    weight = first.weight.new_zeros(out_channels, first.weight.shape[1], *size, dtype=dtype)
+    shape = (out_channels, first.weight.shape[1], *size)
+    whole = next((n for n, k in enumerate(kernels) if k.weight.shape == shape), None)
+    if whole is None:
+        weight = first.weight.new_zeros(shape, dtype=dtype)
+    else:
+        weight = kernels[whole].weight.to(dtype, copy=True)
     bias = None
     if any(k.bias is not None for k in kernels):
         bias = first.weight.new_zeros(out_channels, dtype=dtype)
-    for kernel, row, place in zip(kernels, rows, places, strict=True):
-        if not weight.is_meta:  # where each addition takes torch a millisecond
-            weight[tuple(place)] += kernel.weight
-            if bias is not None and kernel.bias is not None:
-                bias[row] += kernel.bias
+    for n, kernel in enumerate([] if weight.is_meta else kernels):  # slow without values
+        if n != whole:
+            weight[tuple(places[n])] += kernel.weight
+        if bias is not None and kernel.bias is not None:
+            bias[rows[n]] += kernel.bias
     return replace(
         first,
         weight=weight,
@@ -461,15 +465,15 @@ def _place(kernels: Sequence[ConvKernel], rows: Sequence[slice]) -> ConvKernel:
 
 
 def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the weight of `first.then(second)`, `(out, in / groups, kh, kw)`.
-
-    `taps` are, per axis, the lattice steps between the taps of `first` and of `second`.
-    """
+    """Return the weight of `first.then(second)`; `taps` are the lattice steps between theirs."""
     dtype = torch.promote_types(first.dtype, second.dtype)
     if first.is_channelwise:
         return _scale_inputs(second, first.weight.flatten().to(dtype))
     if second.is_channelwise:
-        return first.weight * second.weight.to(dtype)
+        exact = first.weight.to(dtype)
+        if exact is first.weight or torch.is_grad_enabled():
+            return exact * second.weight
+        return exact.mul_(second.weight)  # fresh memory takes most of the time
     groups = gcd(first.groups, second.groups)
     inner = first.with_groups(groups).weight.to(dtype)
     outer = second.with_groups(groups).weight.to(dtype).unflatten(0, (groups, -1))
