@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from repnet import meta_device
@@ -59,16 +58,13 @@ def _conv2d(
     """
     x, bias = _exact((input, bias))
     size = weight[0].numel()
-    plain = x.is_cpu and x.ndim == 4 and groups == 1 and not isinstance(padding, str)
-    if not (plain and len(x) * x[0, 0].numel() * size < weight.numel() > CHUNK):
+    reads = x.numel() // x.shape[-3] * size
+    if not x.is_cpu or groups > 1 or not reads < weight.numel() > CHUNK:
         return torch.conv2d(x, _exact(weight), bias, stride, padding, dilation, groups)
-    columns = functional.unfold(x, weight.shape[2:], dilation, padding, stride).mT.contiguous()
-    chunks = weight.flatten(1).split(max(1, CHUNK // size))
-    flat = torch.cat([columns @ _exact(rows).T for rows in chunks], 2).mT
-    flat = flat if bias is None else flat + bias[:, None]
-    one, kernel = x[:1, :1].to("meta"), weight[:1, :1].to("meta")
-    positions = torch.conv2d(one, kernel, None, stride, padding, dilation).shape[2:]
-    return flat.unflatten(2, positions)
+    parts = weight.split(max(1, CHUNK // size))
+    maps = [torch.conv2d(x, _exact(rows), None, stride, padding, dilation) for rows in parts]
+    output = torch.cat(maps, -3)
+    return output if bias is None else output + bias[:, None, None]
 
 
 def _exact(value: Any) -> Any:
