@@ -230,14 +230,12 @@ def _replaced_modules(reference: nn.Module, candidate: nn.Module) -> list[str]:
             continue
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             continue  # the norm behind it was folded into it, and is the end of the block
-        if name in theirs and _kind(theirs[name]) != _kind(module):
+        other = theirs.get(name, module)
+        # A block may keep its padding layer in front of the convolution.
+        resized = type(module) is nn.Sequential and len(list(other.children())) != len(module)
+        if type(other) is not type(module) or resized:
             names.append(name)
     return names
-
-
-def _kind(module: nn.Module) -> tuple[type, int]:
-    """Return the class, and for a sequence also how many layers it has."""
-    return type(module), len(module) if type(module) is nn.Sequential else 0
 
 
 def _seeded(inputs: Inputs, model: nn.Module) -> Any:

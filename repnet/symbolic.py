@@ -362,7 +362,7 @@ def _split(x: ConvKernel, sizes: int | Sequence[int], dim: int = 0) -> tuple[Con
 
 
 def _narrow(x: ConvKernel, dim: int, start: int, length: int) -> ConvKernel:
-    start %= x.out_channels  # counted from the end if negative
+    start %= x.out_channels  # it counts from the end if negative
     return _split(x, [start, length, x.out_channels - start - length], dim)[1]
 
 
@@ -391,15 +391,11 @@ class UnfilledKernel(ConvKernel):
 
     The border law refuses these zeros. But a forward may overwrite them with what its norm makes of
     a zero, as the blocks of arXiv:2103.13425 do. The result is a kernel that pads before its bias.
-    Until then every use raises; afterwards this object is an ordinary `ConvKernel`.
-
-    Args:
-        filled: the kernel with the padding in front of its bias.
-        border: the parts that are still zero: a dimension, counted from the batch, and its range.
-        reason: why the border law refuses the zeros.
+    Until then every use raises `reason`; afterwards this object is an ordinary `ConvKernel`.
     """
 
     def __init__(self, filled: ConvKernel, border: list[tuple[int, slice]], reason: str) -> None:
+        # `border` lists the parts that are still zero: a dimension and the range along it.
         vars(self).update(_filled=filled, _border=border, _reason=reason)
 
     def __getattr__(self, name: str) -> Any:
@@ -427,7 +423,7 @@ def _setitem(x: ConvKernel, index: Any, value: Any) -> None:
 
 
 def _ranges(x: ConvKernel, index: Any) -> list[slice]:
-    """Return one slice for each dimension of `x`; a start at 0 is left out."""
+    """Return one slice for each dimension of `x`, with None for a start at 0."""
     index = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(i, slice | EllipsisType) for i in index):
         raise NotFoldableError("an index that is no slice is not shift-invariant")
@@ -487,7 +483,7 @@ def _channelwise(x: ConvKernel, scale: Tensor, shift: Tensor | None = None) -> C
 
 def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
     """Return a constant operand as one value per channel, `(channels,)`."""
-    dtype = kernel.dtype  # a number takes the dtype of what it meets, a tensor may raise it
+    dtype = kernel.dtype  # that of the result, too, unless the constant is a more exact tensor
     if isinstance(constant, Tensor):
         constant = _exact(constant, kernel)
         dtype = torch.promote_types(constant.dtype, dtype)
