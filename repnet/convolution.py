@@ -10,9 +10,6 @@ from torch import nn
 from repnet.kernel import ConvKernel, NotFoldableError
 from repnet.symbolic import transpose_weight
 
-CONVOLUTIONS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED: tuple[Any, ...] = (None, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PADS: tuple[Any, ...] = (None, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 Layer = (
     nn.Linear
     | nn.Conv1d
@@ -30,77 +27,61 @@ def as_module(kernel: ConvKernel, *, like: nn.Module) -> nn.Module:
     Raises:
         NotFoldableError: torch has no such layer.
     """
-    layer: nn.Module
-    if kernel.axes == 0:
-        layer = _linear(kernel)
-    elif max(kernel.upsample) == 1:
-        layer = _convolution(kernel)
-    else:
-        layer = _transposed(kernel)
+    layer = _without_values(kernel)
     *_, conv = layer.modules()
-    trainable = any(p.requires_grad for p in like.parameters())
-    memory_format = torch.contiguous_format
-    if any(
+    kernel = kernel.exact()
+    weight = kernel.weight
+    if getattr(conv, "transposed", False):
+        weight = transpose_weight(weight, kernel.groups)
+    is_last = weight.ndim == 4 and any(
         p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
         for p in like.parameters()
-    ):
-        memory_format = torch.channels_last
-    kernel = kernel.to(kernel.dtype)
-    weight = kernel.weight
-    if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        weight = transpose_weight(weight, kernel.groups)
-    if weight.ndim != 4:
-        memory_format = torch.contiguous_format
-    given = {p.data_ptr() for p in like.parameters()}  # whose memory the layer must not share
+    )
+    memory_format = torch.channels_last if is_last else torch.contiguous_format
     weight = weight.detach().contiguous(memory_format=memory_format)
-    weight = weight.clone() if weight.data_ptr() in given else weight
+    if weight.data_ptr() in {p.data_ptr() for p in like.parameters()}:
+        weight = weight.clone()  # the layer must not share memory with the model
+    trainable = any(p.requires_grad for p in like.parameters())
     conv.weight = nn.Parameter(weight, requires_grad=trainable)
     if kernel.bias is not None:
         conv.bias = nn.Parameter(kernel.bias.detach().clone(), requires_grad=trainable)
     return layer.eval()
 
 
-def _settings(kernel: ConvKernel) -> dict[str, Any]:
-    return {
-        "in_channels": kernel.in_channels,
-        "out_channels": kernel.out_channels,
+def _without_values(kernel: ConvKernel) -> nn.Module:
+    """Return the layer on the meta device, after a padding layer if the padding is uneven."""
+    channels, bias = (kernel.in_channels, kernel.out_channels), kernel.bias is not None
+    if kernel.axes == 0:
+        if kernel.groups > 1:
+            raise NotFoldableError("torch has no linear layer with groups")
+        return nn.Linear(*channels, bias=bias, device="meta")
+    befores, afters = zip(*kernel.padding, strict=True)
+    settings: dict[str, Any] = {
         "kernel_size": kernel.kernel_size,
         "stride": kernel.stride,
         "dilation": kernel.dilation,
         "groups": kernel.groups,
-        "bias": kernel.bias is not None,
+        "bias": bias,
         "device": "meta",
     }
-
-
-def _linear(kernel: ConvKernel) -> nn.Module:
-    if kernel.groups > 1:
-        raise NotFoldableError("torch has no linear layer with groups")
-    bias = kernel.bias is not None
-    return nn.Linear(kernel.in_channels, kernel.out_channels, bias=bias, device="meta")
-
-
-def _convolution(kernel: ConvKernel) -> nn.Module:
-    convolution, pad = CONVOLUTIONS[kernel.axes], PADS[kernel.axes]
-    befores = tuple(before for before, _ in kernel.padding)
-    if all(before == after >= 0 for before, after in kernel.padding):
-        return convolution(**_settings(kernel), padding=befores)
+    if max(kernel.upsample) > 1:
+        reach = [d * (k - 1) for d, k in zip(kernel.dilation, kernel.kernel_size, strict=True)]
+        padding = tuple(r - before for r, before in zip(reach, befores, strict=True))
+        extra = tuple(after - before for before, after in kernel.padding)
+        limits = map(max, kernel.upsample, kernel.dilation)
+        if (
+            max(kernel.stride) > 1
+            or min(*padding, *extra) < 0
+            or any(n >= limit for n, limit in zip(extra, limits, strict=True))
+        ):
+            raise NotFoldableError(
+                "torch has no transposed convolution with this stride and padding"
+            )
+        settings |= {"stride": kernel.upsample, "padding": padding, "output_padding": extra}
+        return getattr(nn, f"ConvTranspose{kernel.axes}d")(*channels, **settings)
+    convolution = getattr(nn, f"Conv{kernel.axes}d")
+    if befores == afters and min(befores) >= 0:
+        return convolution(*channels, **settings, padding=befores)
     sides = tuple(side for sides in reversed(kernel.padding) for side in sides)
-    return nn.Sequential(pad(sides), convolution(**_settings(kernel)))
-
-
-def _transposed(kernel: ConvKernel) -> nn.Module:
-    padding, output_padding = [], []
-    for axis, (before, after) in enumerate(kernel.padding):
-        padding.append(kernel.dilation[axis] * (kernel.kernel_size[axis] - 1) - before)
-        output_padding.append(after - before)
-    limits = [max(s, d) for s, d in zip(kernel.upsample, kernel.dilation, strict=True)]
-    if (
-        max(kernel.stride) > 1
-        or min(*padding, *output_padding) < 0
-        or any(extra >= limit for extra, limit in zip(output_padding, limits, strict=True))
-    ):
-        raise NotFoldableError("torch has no transposed convolution with this stride and padding")
-    settings = {**_settings(kernel), "stride": kernel.upsample}
-    transposed = TRANSPOSED[kernel.axes]
-    return transposed(**settings, padding=tuple(padding), output_padding=tuple(output_padding))
+    pad = getattr(nn, f"ZeroPad{kernel.axes}d")(sides)
+    return nn.Sequential(pad, convolution(*channels, **settings))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from math import inf, isnan, nan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from repnet.symbolic import evaluating
 
@@ -31,9 +34,9 @@ class FoldMismatchError(RuntimeError):
         self.equivalence = equivalence
 
 
-# Largest relative error of a block, and of the outputs, by the dtype that both models ran in. In
-# float64 a fold adds about 1e-15, in the others as much as any other order of summing does; errors
-# of all blocks together grow in deep nets, so that the outputs get more room.
+# Largest relative error of a block, and of the outputs, by the dtype in which both models ran. In
+# float64 a fold adds about 1e-15, in the others as much as any other order of summation does. The
+# errors of all blocks add up in deep nets, so that the outputs get more room.
 TOLERANCES = {
     torch.float64: (1e-9, 1e-6),
     torch.float32: (1e-4, 1e-3),
@@ -60,8 +63,8 @@ class Equivalence:
         max_relative_error: largest over batches of `max |difference| / max |reference|`.
         agreement: fraction of the samples with the same argmax over dimension 1.
         blocks: one entry per module that the candidate replaced, in order of execution.
-        rest_error: the same as `max_relative_error` where every such module returns what its
-            original did: what the rest adds. It is the proof where the outputs jump, as the order
+        rest_error: `max_relative_error` where every replaced module returns what its original did,
+            that is, the error that the rest adds. It is the proof where outputs jump, as the order
             of detections with equal scores does.
         dtype: of the outputs, the least precise one.
     """
@@ -122,8 +125,8 @@ def compare(
     """Run both models on the same inputs, in evaluation mode, and measure the difference.
 
     A block is a module that has the same name and another class in both models. Each block of the
-    candidate receives what its original received (the outputs of earlier blocks are replaced by the
-    reference's), so that a block's error is its own. Training flags are as before at the end.
+    candidate receives what its original received (the reference's outputs stand in for those of
+    earlier blocks), so that a block's error is its own. Training flags are as before at the end.
 
     Args:
         reference: the model that is right.
@@ -136,42 +139,51 @@ def compare(
         FoldMismatchError: the reference runs, the candidate does not.
         ValueError: there is nothing to compare.
     """
-    if isinstance(batches, Tensor):
-        batches = [batches]
-    names = replaced_modules(reference, candidate) if names is None else names
-    errors = dict.fromkeys(names, 0.0)
-    order: list[str] = []
-    samples, agreeing, max_error, max_relative_error, rest_error = 0, 0, 0.0, 0.0, 0.0
-    dtype = torch.float64
+    names = _replaced_modules(reference, candidate) if names is None else names
+    errors: dict[str, list[float]] = {name: [] for name in names}
+    order: dict[str, None] = {}
+    absolute, relative, rest = [0.0], [0.0], [0.0]
+    dtypes = {torch.float64}
+    samples = agreeing = 0
     with torch.no_grad(), evaluating(reference), evaluating(candidate):
-        for batch in batches:
+        for batch in [batches] if isinstance(batches, Tensor) else batches:
             inputs = Inputs.of(batch)
-            outputs: dict[str, list[Any]] = {}
-            with _recorded(reference, names, outputs):
+            outputs: dict[str, list[Any]] = defaultdict(list)
+            with _hooked(reference, names, partial(_record, outputs)):
                 expected = _seeded(inputs, reference)
+            order |= dict.fromkeys(outputs)
             try:
-                with _replayed(candidate, names, outputs, errors):
+                with _hooked(candidate, names, partial(_replay, outputs, errors)):
                     replayed = _seeded(inputs, candidate)
                 actual = _seeded(inputs, candidate)
             except Exception as error:  # forward is anyone's code
                 raise FoldMismatchError(
                     f"the candidate does not run: {error}; it replaces {', '.join(names)}"
                 ) from error
-            order += [name for name in outputs if name not in order]
-            rest_error = _worse(rest_error, relative_difference(expected, replayed))
-            both = (*_tensors(expected), *_tensors(actual))
-            dtypes = {t.dtype for t in both if t.is_floating_point()}
-            dtype = max((dtype, *dtypes), key=_coarseness)
-            difference, relative = _difference(expected, actual)
-            max_error = _worse(max_error, difference)
-            max_relative_error = _worse(max_relative_error, relative)
+            for name in names:
+                if outputs[name]:  # called less often than its original
+                    errors[name].append(inf)
+            rest.append(_difference(expected, replayed)[1])
+            tensors = (*_tensors(expected), *_tensors(actual))
+            dtypes |= {t.dtype for t in tensors if t.is_floating_point()}
+            difference, ratio = _difference(expected, actual)
+            absolute.append(difference)
+            relative.append(ratio)
             n, same = _agreement(expected, actual)
             samples, agreeing = samples + n, agreeing + same
     if samples == 0:
         raise ValueError("there is nothing to compare: no batch, or no tensor in the outputs")
-    blocks = tuple(BlockError(name or type(reference).__name__, errors[name]) for name in order)
-    agreement = agreeing / samples
-    return Equivalence(samples, max_error, max_relative_error, agreement, blocks, rest_error, dtype)
+    return Equivalence(
+        samples,
+        max_error=_worst(absolute),
+        max_relative_error=_worst(relative),
+        agreement=agreeing / samples,
+        blocks=tuple(
+            BlockError(name or type(reference).__name__, _worst(errors[name])) for name in order
+        ),
+        rest_error=_worst(rest),
+        dtype=max(dtypes, key=lambda dtype: torch.finfo(dtype).eps),
+    )
 
 
 @dataclass(frozen=True)
@@ -196,19 +208,20 @@ class Inputs:
         return cls(example_input if isinstance(example_input, tuple) else (example_input,))
 
     def __call__(self, model: nn.Module) -> Any:
-        args, kwargs = tree_map(_clone, (self.args, self.kwargs or {}))  # forward may work in place
+        # A forward may work in place.
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (self.args, self.kwargs or {}))
         return model(*args, **kwargs)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Return the same with every floating-point tensor in `dtype`."""
 
-        def cast(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.is_floating_point() else x
 
-        return Inputs(tree_map(cast, self.args), tree_map(cast, self.kwargs or {}))
+        return Inputs(*tree_map_only(Tensor, cast, (self.args, self.kwargs)))
 
 
-def replaced_modules(reference: nn.Module, candidate: nn.Module) -> list[str]:
+def _replaced_modules(reference: nn.Module, candidate: nn.Module) -> list[str]:
     """Return the names of modules that differ in class, outermost only; '' is the model itself."""
     theirs = dict(candidate.named_modules())
     names: list[str] = []
@@ -216,37 +229,26 @@ def replaced_modules(reference: nn.Module, candidate: nn.Module) -> list[str]:
         if any(not n or name.startswith(f"{n}.") for n in names):
             continue
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            continue  # what follows it was folded into it: that is the block's end
-        if name in theirs and _kind(theirs[name]) != _kind(module):
+            continue  # the norm behind it was folded into it, and is the end of the block
+        other = theirs.get(name, module)
+        # A block may keep its padding layer in front of the convolution.
+        resized = type(module) is nn.Sequential and len(list(other.children())) != len(module)
+        if type(other) is not type(module) or resized:
             names.append(name)
     return names
 
 
-def _kind(module: nn.Module) -> object:
-    """Return the class, and for a padding with a convolution also how many layers it has."""
-    layers = list(module.children()) if type(module) is nn.Sequential else []
-    padded = bool(layers) and type(layers[0]) is nn.ZeroPad2d
-    return (type(module), len(layers)) if padded else type(module)
-
-
 def _seeded(inputs: Inputs, model: nn.Module) -> Any:
-    """Return what the model returns, with the same random numbers every time."""
+    """Run the model with the same random numbers every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return inputs(model)
 
 
 @contextmanager
-def _recorded(model: nn.Module, names: list[str], outputs: dict[str, list[Any]]) -> Iterator[None]:
-    """Append what each named module returns to `outputs[name]`."""
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.setdefault(name, []).append(tree_map(_clone, output))  # in-place ReLU follows
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_hook(record(n)) for n in names]
+def _hooked(model: nn.Module, names: list[str], hook: Callable[..., Any]) -> Iterator[None]:
+    """Call `hook(name, module, args, output)` whenever a named module has run."""
+    handles = [model.get_submodule(n).register_forward_hook(partial(hook, n)) for n in names]
     try:
         yield
     finally:
@@ -254,70 +256,51 @@ def _recorded(model: nn.Module, names: list[str], outputs: dict[str, list[Any]])
             handle.remove()
 
 
-@contextmanager
-def _replayed(
-    model: nn.Module, names: list[str], outputs: dict[str, list[Any]], errors: dict[str, float]
-) -> Iterator[None]:
-    """Raise `errors[name]` to each module's error, then let it return the recorded output."""
-    calls = dict.fromkeys(names, 0)
-
-    def replay(name: str) -> Any:
-        recorded = iter(outputs.get(name, ()))
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            calls[name] += 1
-            expected = next(recorded, None)
-            if expected is None:  # called more often than its original
-                errors[name] = float("inf")
-                return output
-            errors[name] = _worse(errors[name], relative_difference(expected, output))
-            if isinstance(expected, Tensor) and isinstance(output, Tensor):
-                return expected.to(output)
-            return expected
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_hook(replay(n)) for n in names]
-    try:
-        yield
-        for name in names:
-            if calls[name] < len(outputs.get(name, ())):
-                errors[name] = float("inf")
-    finally:
-        for handle in handles:
-            handle.remove()
+def _record(
+    outputs: dict[str, list[Any]], name: str, module: nn.Module, args: Any, output: Any
+) -> None:
+    outputs[name].append(tree_map_only(Tensor, Tensor.clone, output))  # in-place ReLU follows
 
 
-def relative_difference(expected: Any, actual: Any) -> float:
-    """Return the largest over all tensors of two outputs of `max |difference| / max |expected|`.
-
-    Of tensors that are not floating-point it is the fraction of the entries that differ.
-    """
-    return _difference(expected, actual)[1]
+def _replay(
+    outputs: dict[str, list[Any]],
+    errors: dict[str, list[float]],
+    name: str,
+    module: nn.Module,
+    args: Any,
+    output: Any,
+) -> Any:
+    """Note the error of a module, and let it return what its original did."""
+    if not outputs[name]:  # called more often than its original
+        errors[name].append(inf)
+        return output
+    expected = outputs[name].pop(0)
+    errors[name].append(_difference(expected, output)[1])
+    both_tensors = isinstance(expected, Tensor) and isinstance(output, Tensor)
+    return expected.to(output) if both_tensors else expected
 
 
 def _difference(expected: Any, actual: Any) -> tuple[float, float]:
-    """Return the largest absolute difference, and the largest relative one, of all tensors."""
+    """Return the largest absolute and the largest relative difference of all tensors.
+
+    The relative one is `max |difference| / max |expected|`.
+    """
     theirs, ours = _tensors(expected), _tensors(actual)
-    if [(t.shape, t.is_floating_point()) for t in theirs] != [
-        (t.shape, t.is_floating_point()) for t in ours
-    ]:
-        return float("inf"), float("inf")
+    kinds = [[(t.shape, t.is_floating_point()) for t in tensors] for tensors in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        return inf, inf
     measured = [_differ(a, b.to(a.device)) for a, b in zip(theirs, ours, strict=True) if a.numel()]
-    # What is zero but for rounding has no scale of its own.
+    # A tensor that is zero but for rounding has no scale of its own.
     floor = 1e-7 * max((scale for _, scale in measured), default=0.0)
-    error, ratio = 0.0, 0.0
-    for difference, scale in measured:
-        error = _worse(error, difference)
-        ratio = _worse(ratio, _ratio(difference, max(scale, floor)))
-    return error, ratio
+    ratios = (_ratio(error, max(scale, floor)) for error, scale in measured)
+    return _worst(error for error, _ in measured), _worst(ratios)
 
 
 def _differ(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     """Return the largest absolute difference of two tensors, and the largest finite entry.
 
-    Masked entries, infinite in both, are equal; where nothing is finite, nothing is known. Of
-    numbers that are not floating-point they are the fraction that differs, and 1.
+    Masked entries, infinite in both, are equal. The difference is NaN if no entry is finite. For
+    integers and booleans it is the fraction of the entries that differ, and the entry is 1.
     """
     if not expected.is_floating_point():
         return (expected != actual).double().mean().item(), 1.0
@@ -325,23 +308,19 @@ def _differ(expected: Tensor, actual: Tensor) -> tuple[float, float]:
     difference = torch.where(a == b, 0.0, (a - b).abs())  # infinities may be equal
     scale = torch.where(a.isfinite(), a.abs(), 0.0)
     if not a.isfinite().any():
-        return float("nan"), 0.0
+        return nan, 0.0
     return difference.max().item(), scale.max().item()
 
 
-def _clone(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x
-
-
 def _ratio(error: float, scale: float) -> float:
-    if error == 0.0 or error != error:
+    if error == 0.0 or isnan(error):
         return error
-    return error / scale if scale else float("inf")
+    return error / scale if scale else inf
 
 
-def _worse(first: float, second: float) -> float:
-    """Return the larger; NaN wins, unlike in `max`."""
-    return first if first != first or first > second else second
+def _worst(errors: Iterable[float]) -> float:
+    """Return the largest, or 0 if there is none; NaN counts as larger than all numbers."""
+    return max(errors, key=lambda error: (isnan(error), error), default=0.0)
 
 
 def _agreement(expected: Any, actual: Any) -> tuple[int, int]:
@@ -364,10 +343,6 @@ def _agreement(expected: Any, actual: Any) -> tuple[int, int]:
     return len(a), int(same.sum())
 
 
-def _coarseness(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
 def _tensors(output: Any) -> list[Tensor]:
     """Return the tensors in an output, complex ones as pairs of numbers."""
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(output)]
@@ -375,20 +350,20 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested containers, and in the attributes of an object."""
+    parts: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | set | frozenset):
-        for item in value:
-            yield from tensors_in(item)
+        parts = value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        parts = value.values()
     elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name, None))
+        parts = [getattr(value, field.name, None) for field in fields(value)]
     elif not isinstance(value, int | float | str | bool | type | nn.Module | None):
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor):
                 yield leaf
             elif isinstance(getattr(leaf, "__dict__", None), dict) and not callable(leaf):
                 yield from (v for v in vars(leaf).values() if isinstance(v, Tensor))
+    for part in parts:
+        yield from tensors_in(part)

@@ -1,25 +1,19 @@
-"""`ConvKernel`, which stands for "the input, after the convolution so far", and its laws."""
+"""`ConvKernel`, a value that stands for "the input, after the convolution so far", and its laws."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
+from itertools import accumulate
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 Sizes = tuple[int, ...]
-CONVOLUTIONS = (None, functional.conv1d, functional.conv2d, functional.conv3d)
-TRANSPOSED = (
-    None,
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-)
 
 
 class NotFoldableError(ValueError):
@@ -30,31 +24,50 @@ class NotAffineError(NotFoldableError):
     """An operation has no rule: it is not affine, depends on sizes, or cannot be followed."""
 
 
+def _sends_to(func: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: ConvKernel.__torch_function__(func, (), args, kwargs)
+
+
+class Axis(NamedTuple):
+    """The geometry of a kernel along one spatial axis."""
+
+    size: int
+    stride: int
+    before: int  # padding
+    after: int
+    dilation: int  # 0 if there is one tap
+    upsample: int
+
+    @property
+    def reach(self) -> int:
+        return self.dilation * (self.size - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class ConvKernel:
     """The map `x -> conv(pad(upsample(x)), weight, stride, dilation, groups) + bias`.
 
     There are as many spatial axes as `weight` has: 2 for images, 1 and 3 for sequences and
     volumes, none for the features of a linear layer. `upsample` puts `upsample - 1` zeros between
-    neighbouring samples (the stride of a transposed convolution). A negative padding crops.
-    Instances are values: laws return new ones, and every law is differentiable in `weight` and
-    `bias`. Only a forward that changes its tensors in place changes them, see `overwrite`.
+    neighboring samples (the stride of a transposed convolution). A negative padding crops.
+    Instances are values: the laws return new ones and are differentiable in `weight` and `bias`.
+    Only a forward that works in place changes a kernel, see `overwrite`.
 
-    A kernel may be handed to a module in place of an input: each torch function that is affine
-    and shift-invariant then returns the next kernel, every other one raises `NotFoldableError`
-    (the rules stand in `repnet.symbolic`).
+    A module accepts a kernel in place of its input: each torch function that is affine and
+    shift-invariant returns the next kernel, and every other one raises `NotFoldableError`. The
+    rules are in `repnet.symbolic`.
 
     Args:
         weight: `(out, in / groups, kernel height, kernel width)`, with as many sizes as axes.
         bias: `(out,)`, or None where it is structurally zero, which matters at borders. Weight
-            and bias are held in the higher of their dtypes.
+            and bias are stored in the higher of their dtypes.
         stride: `(vertical, horizontal)`; here and below, empty means 1, or 0 for padding.
         padding: zeros around the (upsampled) input, `((top, bottom), (left, right))`.
-        dilation: lattice step of the taps.
+        dilation: distance between the taps.
         upsample: 1 for an ordinary convolution.
         groups: divides the input and the output channels.
-        precision: a dtype that the laws compute in, if it is higher than that of the weight, which
-            they convert where they multiply it: most time goes into fresh memory.
+        precision: the laws compute in this dtype where it is higher than that of the weight. They
+            convert the weight only where they multiply it, because fresh memory is slow.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -69,8 +82,8 @@ class ConvKernel:
     groups: int = 1
     precision: torch.dtype | None = None
 
-    _is_identity = False  # known to be, so that nothing need be multiplied
-    _is_shared = False  # may stand for memory that another value of a forward stands for too
+    _is_identity = False  # True only if nothing has to be multiplied
+    _is_shared = False  # True if another value of the forward may use the same memory
 
     def __post_init__(self) -> None:
         if not 2 <= self.weight.ndim <= 5:
@@ -79,15 +92,14 @@ class ConvKernel:
             values = tuple(getattr(self, name)) or (default,) * self.axes
             if len(values) != self.axes:
                 raise ValueError(f"{name} must have {self.axes} entries, got {values}")
-            object.__setattr__(self, name, values)
+            vars(self)[name] = values
         if self.bias is not None and self.bias.shape != (self.out_channels,):
             raise ValueError(
                 f"bias must have shape ({self.out_channels},), got {tuple(self.bias.shape)}"
             )
         if self.bias is not None and self.bias.dtype != self.weight.dtype:
             dtype = torch.promote_types(self.bias.dtype, self.weight.dtype)
-            object.__setattr__(self, "weight", self.weight.to(dtype))
-            object.__setattr__(self, "bias", self.bias.to(dtype))
+            vars(self).update(weight=self.weight.to(dtype), bias=self.bias.to(dtype))
         if self.groups < 1 or self.out_channels % self.groups:
             raise ValueError(f"groups={self.groups} must divide {self.out_channels} channels")
         if min((1, *self.stride, *self.dilation, *self.upsample)) < 1:
@@ -105,8 +117,8 @@ class ConvKernel:
         """Return `x -> x`: a pointwise kernel with one group per channel, `(channels, 1, 1, 1)`."""
         weight = torch.ones(channels, 1, *(1,) * axes, dtype=dtype, device=device)
         kernel = cls(weight, groups=channels)
-        object.__setattr__(kernel, "_is_identity", True)
-        return share(kernel, kernel)  # with the caller, who may read the input of a module again
+        vars(kernel)["_is_identity"] = True
+        return share(kernel, kernel)  # the caller may read the input of a module again
 
     @property
     def axes(self) -> int:
@@ -132,42 +144,36 @@ class ConvKernel:
     @property
     def is_channelwise(self) -> bool:
         """Whether every output is its own input times a number: batch norm, scale, identity."""
-        return (
-            self.is_pointwise
-            and self.groups == self.in_channels == self.out_channels
-            and max((1, *self.stride, *self.upsample)) == 1
-            and all(side == (0, 0) for side in self.padding)
+        plain = Axis(size=1, stride=1, before=0, after=0, dilation=0, upsample=1)
+        return self.groups == self.in_channels == self.out_channels and all(
+            axis == plain for axis in self._geometry
         )
+
+    @property
+    def _geometry(self) -> list[Axis]:
+        fields = (self.kernel_size, self.stride, self.padding, self.dilation, self.upsample)
+        return [
+            Axis(size, stride, *padding, dilation if size > 1 else 0, upsample)
+            for size, stride, padding, dilation, upsample in zip(*fields, strict=True)
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the map to `x`, `(batch, in, height, width)` -> `(batch, out, height', width')`."""
-        exact = self.exact()
-        if self.axes == 0:
-            grouped = x.unflatten(1, (self.groups, -1))  # (batch, groups, in / groups)
-            weight = exact.weight.unflatten(0, (self.groups, -1))
-            product = torch.einsum("bgi,goi->bgo", grouped, weight).flatten(1)
-            return product if exact.bias is None else product + exact.bias
+        if self.axes == 0:  # a sequence of one sample
+            return replace(self, weight=self.weight[..., None])(x[..., None])[..., 0]
         if max(self.upsample) > 1:
             sizes = [u * (n - 1) + 1 for u, n in zip(self.upsample, x.shape[2:], strict=True)]
             spread = x.new_zeros(*x.shape[:2], *sizes)
-            samples = [slice(None, None, step) for step in self.upsample]
-            spread[(slice(None), slice(None), *samples)] = x
+            samples: Any = (..., *(slice(None, None, step) for step in self.upsample))
+            spread[samples] = x
             x = spread
-        padding = [before for before, _ in self.padding]
-        if any(before != after or before < 0 for before, after in self.padding):
-            x = functional.pad(x, [side for sides in reversed(self.padding) for side in sides])
-            padding = [0] * self.axes
-        convolve = CONVOLUTIONS[self.axes]
-        assert convolve is not None
-        return convolve(
-            x, exact.weight, exact.bias, self.stride, padding, self.dilation, self.groups
-        )
+        x = functional.pad(x, [side for sides in reversed(self.padding) for side in sides])
+        convolve = getattr(functional, f"conv{self.axes}d")
+        exact = self.exact()
+        return convolve(x, exact.weight, exact.bias, self.stride, 0, self.dilation, self.groups)
 
     def with_groups(self, groups: int) -> ConvKernel:
         """Return the same map written with fewer groups: the blocks stand on a zero matrix.
-
-        Args:
-            groups: a divisor of `self.groups`; the identity can so be written at any grouping.
 
         Raises:
             ValueError: `groups` is not a divisor of `self.groups`.
@@ -187,8 +193,12 @@ class ConvKernel:
 
     def exact(self) -> ConvKernel:
         """Return the same map with weight and bias in the dtype that the laws compute in."""
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        return replace(self, weight=self.weight.to(self.dtype), bias=bias)
+        return self.map(lambda tensor: tensor.to(self.dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ConvKernel:
+        """Return the kernel with `function` of its weight and of its bias."""
+        bias = None if self.bias is None else function(self.bias)
+        return replace(self, weight=function(self.weight), bias=bias)
 
     def over(self, axes: int) -> ConvKernel:
         """Return the same channelwise map over another number of spatial axes.
@@ -205,11 +215,13 @@ class ConvKernel:
         """Return `x -> other(self(x))`.
 
         Tap b of `other` reads tap a of `self` at `dilation_a * a + stride_a * dilation_b * b`.
-        Both are written on one lattice, and one transposed convolution of the two weights sums the
-        products. The border law: zeros that `other` inserts, around its input or between its
-        samples, must be zeros of `self` too. So `self` must have no bias; where zeros are added, it
-        must be zero beyond its own output, as a pointwise kernel is, or one that is padded by its
-        whole reach; and where `other` upsamples, it must have stride 1, and its taps spread.
+        Both kernels are written on one lattice, and one transposed convolution of the two weights
+        sums the products.
+
+        The border law: zeros that `other` inserts, around its input or between its samples, must
+        be zeros of `self` too. So `self` must have no bias. Where `other` pads, `self` must be zero
+        beyond its own output, as it is if it is pointwise or padded by its whole reach. Where
+        `other` upsamples, `self` must have stride 1.
 
         Raises:
             NotFoldableError: the border law forbids it.
@@ -227,70 +239,59 @@ class ConvKernel:
         if self._is_identity:
             return other if dtype == other.dtype else replace(other, precision=dtype)
         self._check_border(other)
-        stride, padding, dilation, upsample = [], [], [], []
-        taps: list[tuple[int, int]] = []  # lattice steps between the taps of self, of other
-        for axis in range(self.axes):
-            (before, after), (extra_before, extra_after) = self.padding[axis], other.padding[axis]
-            step = self.stride[axis] * other.dilation[axis]
-            spread = self.dilation[axis] * other.upsample[axis]
-            own = spread if self.kernel_size[axis] > 1 else 0
-            theirs = step if other.kernel_size[axis] > 1 else 0
-            unit = gcd(own, theirs) or 1
-            up, hop = other.upsample[axis], self.stride[axis]
-            taps.append((own // unit or 1, theirs // unit or 1))
-            dilation.append(unit)
-            stride.append(hop * other.stride[axis])
-            upsample.append(self.upsample[axis] * up)
-            padding.append((up * before + hop * extra_before, up * after + hop * extra_after))
-        groups = gcd(self.groups, other.groups)
-        if self.is_channelwise:
-            weight, groups = _scale_inputs(other, self.weight.flatten().to(dtype)), other.groups
-        elif other.is_channelwise:
-            weight, groups = _scaled(self.weight, other.weight, dtype), self.groups
-        else:
-            weight = _merge(self.with_groups(groups), other.with_groups(groups), taps)
+        bias = other.bias
+        if self.bias is not None:
+            through = _scale_inputs(other, self.bias).flatten(1).sum(1)
+            bias = through if bias is None else bias + through
+        pairs = list(zip(self._geometry, other._geometry, strict=True))
+        steps = [(a.dilation * b.upsample, a.stride * b.dilation) for a, b in pairs]
+        units = tuple(gcd(*step) or 1 for step in steps)
+        taps = [(a // n or 1, b // n or 1) for (a, b), n in zip(steps, units, strict=True)]
         return ConvKernel(
-            weight,
-            _add_optional(other.bias, _through(other, self.bias)),
-            stride=tuple(stride),
-            padding=tuple(padding),
-            dilation=tuple(dilation),
-            upsample=tuple(upsample),
-            groups=groups,
+            _merge(self, other, taps),
+            bias,
+            stride=tuple(a.stride * b.stride for a, b in pairs),
+            padding=tuple(
+                (
+                    b.upsample * a.before + a.stride * b.before,
+                    b.upsample * a.after + a.stride * b.after,
+                )
+                for a, b in pairs
+            ),
+            dilation=units,
+            upsample=tuple(a.upsample * b.upsample for a, b in pairs),
+            groups=gcd(self.groups, other.groups),
             precision=dtype,
         )
 
     def _check_border(self, other: ConvKernel) -> None:
         """Raise unless zeros that `other` inserts into the output of `self` are its zeros too."""
-        padded = any(max(side) > 0 for side in other.padding)
-        upsampled = any(step > 1 for step in other.upsample)
-        if not (padded or upsampled):
+        pads = any(max(side) > 0 for side in other.padding)
+        if not pads and max((1, *other.upsample)) == 1:
             return
-        inserts = "pads its input with zeros" if padded else "inserts zeros between its samples"
+        inserts = "pads its input with zeros" if pads else "inserts zeros between its samples"
         if self.bias is not None:
             raise NotFoldableError(
                 f"the second map {inserts}, but the first has a bias, so that a zero of its input "
                 "becomes that bias; pad before the bias instead"
             )
-        for axis in range(self.axes):
-            (before, after), (added_before, added_after) = self.padding[axis], other.padding[axis]
+        for a, b in zip(self._geometry, other._geometry, strict=True):
             # Beyond its output the first map is zero only where its taps find nothing but zeros.
-            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
-            if (added_before > 0 and before < reach + 1 - self.stride[axis]) or (
-                added_after > 0 and after < reach
+            if (b.before > 0 and a.before < a.reach + 1 - a.stride) or (
+                b.after > 0 and a.after < a.reach
             ):
                 raise NotFoldableError(
-                    f"the second map {inserts}, but the first, a {_size(self)} kernel, is not zero "
-                    "beyond its output, where it also reads samples; move all padding into the "
-                    "first map"
+                    f"the second map {inserts}, but the first, a "
+                    f"{'x'.join(map(str, self.kernel_size))} kernel, is not zero beyond its "
+                    "output, where it also reads samples; move all padding into the first map"
                 )
-            if other.upsample[axis] > 1 and self.stride[axis] > 1:
+            if b.upsample > 1 and a.stride > 1:
                 raise NotFoldableError(
                     "the second map upsamples what the first has strided: that keeps the samples "
                     "at some positions only, and so is not shift-invariant"
                 )
 
-    # What makes a kernel usable as the input of a module's forward.
+    # The methods of a tensor, for a module's forward.
 
     @classmethod
     def __torch_function__(
@@ -311,14 +312,11 @@ class ConvKernel:
             raise AttributeError(f"'ConvKernel' object has no attribute '{name}'")
         if not callable(method):
             raise NotFoldableError(f"forward reads '{name}' of its input, which a kernel lacks")
-        return lambda *args, **kwargs: self._call(method, *args, **kwargs)
-
-    def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.__torch_function__(func, (ConvKernel,), (self, *args), kwargs)
+        return partial(_sends_to(method), self)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the laws compute in."""
+        """The dtype that the laws compute in."""
         return torch.promote_types(self.weight.dtype, self.precision or self.weight.dtype)
 
     @property
@@ -329,107 +327,38 @@ class ConvKernel:
     def ndim(self) -> int:
         return self.weight.ndim
 
-    def __add__(self, other: Any) -> Any:
-        return self._call(torch.add, other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self._call(torch.sub, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._call(torch.rsub, other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._call(torch.mul, other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._call(torch.div, other)
-
-    def __neg__(self) -> Any:
-        return self._call(torch.neg)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._call(Tensor.__getitem__, index)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self._call(Tensor.__setitem__, index, value)
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._call(Tensor.add_, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._call(Tensor.sub_, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._call(Tensor.mul_, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._call(Tensor.div_, other)
+    __add__ = __radd__ = _sends_to(torch.add)
+    __sub__ = _sends_to(torch.sub)
+    __rsub__ = _sends_to(torch.rsub)
+    __mul__ = __rmul__ = _sends_to(torch.mul)
+    __truediv__ = _sends_to(torch.div)
+    __neg__ = _sends_to(torch.neg)
+    __getitem__ = _sends_to(Tensor.__getitem__)
+    __setitem__ = _sends_to(Tensor.__setitem__)
+    __iadd__ = _sends_to(Tensor.add_)
+    __isub__ = _sends_to(Tensor.sub_)
+    __imul__ = _sends_to(Tensor.mul_)
+    __itruediv__ = _sends_to(Tensor.div_)
 
     def _compared(self, other: Any = None) -> Any:
         raise NotAffineError("forward compares values of its input, which is not affine")
 
-    # Without these, Python would compare identities, and take every kernel for true.
+    # Otherwise Python would compare identities, and every kernel would be true.
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _compared
     __hash__ = object.__hash__
 
 
-class UnfilledKernel(ConvKernel):
-    """A kernel with a bias that was padded with zeros, until its border is filled with the bias.
-
-    The border law refuses the zeros. But a forward may write its norm's value for a zero over them,
-    as the blocks of arXiv:2103.13425 do: then the zeros stood in front of the bias. Until then
-    nothing can be done with the object, which has no weight; after that it is a `ConvKernel`.
-
-    Args:
-        filled: the kernel once it is filled, with the padding in front of its bias.
-        border: what is still zero, as axes, counted from the batch, and ranges along them.
-        reason: why the zeros are refused.
-    """
-
-    def __init__(self, filled: ConvKernel, border: list[tuple[int, slice]], reason: str) -> None:
-        vars(self).update(_filled=filled, _border=border, _reason=reason)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise NotFoldableError(self._reason)
-
-    def fill(self, ranges: Sequence[slice], value: Tensor) -> None:
-        """Write a value per channel, `(out,)`, to what `ranges` say, one for each axis.
-
-        Raises:
-            NotFoldableError: this is more or less than one side, or the value is not the bias.
-        """
-        written = [(n, part) for n, part in enumerate(ranges) if part != slice(None)]
-        bias = self._filled.bias
-        if len(written) != 1 or written[0] not in self._border:
-            raise NotFoldableError("forward assigns to other parts of a tensor than its padding")
-        if not bias.is_meta:
-            tolerance = 1e-9 if bias.dtype == torch.float64 else 1e-5
-            error, size = (float(t.detach().abs().max()) for t in (value - bias, bias))
-            if not error <= tolerance * size:
-                raise NotFoldableError("forward pads with other values than what zeros become")
-        self._border.remove(written[0])
-        if not self._border:
-            overwrite(self, self._filled)
-            object.__setattr__(self, "__class__", ConvKernel)
-
-
 def share(kernel: ConvKernel, view: ConvKernel) -> ConvKernel:
-    """Return `view`, after noting that it and `kernel` may stand for the same memory."""
+    """Return `view`, and record that it and `kernel` may use the same memory."""
     vars(kernel)["_is_shared"] = vars(view)["_is_shared"] = True
     return view
 
 
 def overwrite(kernel: ConvKernel, new: ConvKernel) -> ConvKernel:
-    """Turn `kernel` itself into `new`: every name that a forward has for it sees the change.
+    """Turn `kernel` itself into `new`, so that every name that a forward has for it changes.
 
     Raises:
-        NotFoldableError: other kernels may stand for the same memory, and would not see it.
+        NotFoldableError: another kernel may use the same memory and would not change.
     """
     if kernel._is_shared:
         raise NotFoldableError(
@@ -457,20 +386,8 @@ def add(kernels: Sequence[ConvKernel]) -> ConvKernel:
             + ", ".join(f"{k.in_channels} -> {k.out_channels}" for k in kernels)
         )
     groups = gcd(*(k.groups for k in kernels))
-    kernels = [k.with_groups(groups) for k in kernels]
-    geometry, size, places = _align(kernels)
-    dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
-    whole = next((n for n, k in enumerate(kernels) if k.kernel_size == size), None)
-    if whole is None:
-        weight = kernels[0].weight.new_zeros(*kernels[0].weight.shape[:2], *size, dtype=dtype)
-    else:
-        weight = kernels[whole].weight.to(dtype, copy=True)
-    bias = None
-    for n, (kernel, place) in enumerate(zip(kernels, places, strict=True)):
-        if n != whole and not weight.is_meta:
-            weight[place] += kernel.weight
-        bias = _add_optional(bias, kernel.bias)
-    return replace(geometry, weight=weight, bias=bias, precision=dtype)
+    rows = slice(0, kernels[0].out_channels)
+    return _place([k.with_groups(groups) for k in kernels], [rows] * len(kernels))
 
 
 def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
@@ -484,93 +401,87 @@ def concat(kernels: Sequence[ConvKernel]) -> ConvKernel:
     """
     if len({k.in_channels for k in kernels}) > 1:
         raise NotFoldableError("the concatenated kernels differ in input channels")
-    kernels = [k.with_groups(1) for k in kernels]
-    geometry, size, places = _align(kernels)
-    dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
-    weights, biases = [], []
-    for kernel, place in zip(kernels, places, strict=True):
-        weight = kernel.weight.new_zeros(*kernel.weight.shape[:2], *size, dtype=dtype)
-        weight[place] = kernel.weight
-        weights.append(weight)
-        zero = kernel.weight.new_zeros(kernel.out_channels, dtype=dtype)
-        biases.append(zero if kernel.bias is None else kernel.bias)
-    structural = all(kernel.bias is None for kernel in kernels)
-    bias = None if structural else torch.cat(biases)
-    return replace(geometry, weight=torch.cat(weights), bias=bias, precision=dtype)
+    stops = list(accumulate(k.out_channels for k in kernels))
+    rows = [slice(stop - k.out_channels, stop) for k, stop in zip(kernels, stops, strict=True)]
+    return _place([k.with_groups(1) for k in kernels], rows)
 
 
 def select(kernel: ConvKernel, start: int, stop: int) -> ConvKernel:
     """Return `x -> k(x)[:, start:stop]`, with `0 <= start < stop <= out`."""
-    dense = kernel.with_groups(1)
-    bias = None if dense.bias is None else dense.bias[start:stop]
-    return replace(dense, weight=dense.weight[start:stop], bias=bias)
+    return kernel.with_groups(1).map(lambda tensor: tensor[start:stop])
 
 
-def _align(
-    kernels: Sequence[ConvKernel],
-) -> tuple[ConvKernel, Sizes, list[tuple[slice, ...]]]:
-    """Put all kernels on one lattice.
-
-    Returns:
-        A kernel with the common geometry, the common kernel size, and where in a weight of that
-        size the taps of each kernel lie.
-    """
-    first = kernels[0]
+def _place(kernels: Sequence[ConvKernel], rows: Sequence[slice]) -> ConvKernel:
+    """Return the map whose output channels `rows[n]` are the sum of all kernels with these rows."""
     for name in ("stride", "upsample", "axes"):
         if len(values := sorted({getattr(k, name) for k in kernels})) > 1:
-            listing = " and ".join(str(v) for v in values)
             raise NotFoldableError(
-                f"{name} {listing} in one sum or concatenation: the parts read different lattices"
+                f"{name} {' and '.join(map(str, values))} in one sum or concatenation: the parts "
+                "read different lattices"
             )
     dilation, padding, size = [], [], []
-    places: list[list[slice]] = [[slice(None), slice(None)] for _ in kernels]
-    for axis in range(first.axes):
+    places: list[list[slice]] = [[row, slice(None)] for row in rows]
+    for n, axes in enumerate(zip(*(k._geometry for k in kernels), strict=True)):
         # output size = floor((upsampled size - 1 + growth) / stride) + 1
-        reach = [k.dilation[axis] * (k.kernel_size[axis] - 1) for k in kernels]
-        growths = {sum(k.padding[axis]) - r for k, r in zip(kernels, reach, strict=True)}
+        growths = {a.before + a.after - a.reach for a in axes}
         if len(growths) > 1:
             raise NotFoldableError(
                 "the outputs of the parts differ in size: by "
-                f"{max(growths) - min(growths)} samples along axis {axis} before striding"
+                f"{max(growths) - min(growths)} samples along axis {n} before striding"
             )
-        before = max(k.padding[axis][0] for k in kernels)
-        steps = [k.dilation[axis] for k in kernels if k.kernel_size[axis] > 1]
-        step = gcd(*steps, *(before - k.padding[axis][0] for k in kernels)) or 1
-        end = max(r - k.padding[axis][0] for k, r in zip(kernels, reach, strict=True))
-        extent = end + before
+        before = max(a.before for a in axes)
+        step = gcd(*(a.dilation for a in axes), *(before - a.before for a in axes)) or 1
+        reach = before + max(a.reach - a.before for a in axes)
         dilation.append(step)
-        padding.append((before, growths.pop() + extent - before))
-        size.append(extent // step + 1)
-        for kernel, place in zip(kernels, places, strict=True):
-            start = (before - kernel.padding[axis][0]) // step
-            hop = max(1, kernel.dilation[axis] // step)
-            place.append(slice(start, start + hop * (kernel.kernel_size[axis] - 1) + 1, hop))
-    geometry = replace(first, padding=tuple(padding), dilation=tuple(dilation))
-    return geometry, tuple(size), [tuple(place) for place in places]
+        padding.append((before, growths.pop() + reach - before))
+        size.append(reach // step + 1)
+        for a, place in zip(axes, places, strict=True):
+            start, hop = (before - a.before) // step, max(1, a.dilation // step)
+            place.append(slice(start, start + hop * (a.size - 1) + 1, hop))
+    first, out_channels = kernels[0], rows[-1].stop
+    dtype = reduce(torch.promote_types, (k.dtype for k in kernels))
+    shape = (out_channels, first.weight.shape[1], *size)
+    whole = next((n for n, k in enumerate(kernels) if k.weight.shape == shape), None)
+    if whole is None:
+        weight = first.weight.new_zeros(shape, dtype=dtype)
+    else:
+        weight = kernels[whole].weight.to(dtype, copy=True)
+    bias = None
+    if any(k.bias is not None for k in kernels):
+        bias = first.weight.new_zeros(out_channels, dtype=dtype)
+    for n, kernel in enumerate([] if weight.is_meta else kernels):  # slow without values
+        if n != whole:
+            weight[tuple(places[n])] += kernel.weight
+        if bias is not None and kernel.bias is not None:
+            bias[rows[n]] += kernel.bias
+    return replace(
+        first,
+        weight=weight,
+        bias=bias,
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        precision=dtype,
+    )
 
 
 def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the weight of `first.then(second)`, `(out, in / groups, kh, kw)`.
-
-    Args:
-        first: has as many groups as `second`.
-        second: reads the output channels of `first`.
-        taps: per axis, the lattice steps between the taps of `first` and of `second`.
-    """
+    """Return the weight of `first.then(second)`; `taps` are the lattice steps between theirs."""
     dtype = torch.promote_types(first.dtype, second.dtype)
-    groups = first.groups
-    outer = second.weight.to(dtype).unflatten(0, (groups, -1))  # (groups, out / groups, middle, ..)
-    inner = first.weight.to(dtype)
-    if first.is_pointwise:  # a product of matrices, which is many times faster
-        matrices = inner.flatten(1).unflatten(0, (groups, -1))
-        return torch.einsum("gom...,gmi->goi...", outer, matrices).flatten(0, 1)
-    if second.is_pointwise:
-        kernels = inner.unflatten(0, (groups, -1))
-        return torch.einsum("gom,gmi...->goi...", outer.flatten(2), kernels).flatten(0, 1)
-    convolve = TRANSPOSED[first.axes]
-    assert convolve is not None
+    if first.is_channelwise:
+        return _scale_inputs(second, first.weight.flatten().to(dtype))
+    if second.is_channelwise:
+        exact = first.weight.to(dtype)
+        if exact is first.weight or torch.is_grad_enabled():
+            return exact * second.weight
+        return exact.mul_(second.weight)  # fresh memory takes most of the time
+    groups = gcd(first.groups, second.groups)
+    inner = first.with_groups(groups).weight.to(dtype)
+    outer = second.with_groups(groups).weight.to(dtype).unflatten(0, (groups, -1))
+    if first.is_pointwise or second.is_pointwise:  # a product of matrices is many times faster
+        inner = inner.unflatten(0, (groups, -1))
+        return torch.einsum("gom...,gmi...->goi...", outer, inner).flatten(0, 1)
     # The output channels of each group are the batch: (out / groups, middle, kh, kw).
-    merged = convolve(
+    merged = getattr(functional, f"conv_transpose{first.axes}d")(
         outer.transpose(0, 1).flatten(1, 2),
         inner,
         stride=[step for _, step in taps],
@@ -580,32 +491,7 @@ def _merge(first: ConvKernel, second: ConvKernel, taps: Sequence[tuple[int, int]
     return merged.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `weight * scale` in `dtype`."""
-    if weight.dtype == dtype or torch.is_grad_enabled():
-        return weight.to(dtype) * scale
-    return weight.to(dtype).mul_(scale)  # of the conversion, which nobody else has
-
-
 def _scale_inputs(kernel: ConvKernel, scale: Tensor) -> Tensor:
     """Return the weight of `kernel` with input channel i multiplied by `scale[i]`."""
     grouped = kernel.weight.unflatten(0, (kernel.groups, -1))  # (groups, out / groups, in / g, ...)
-    scale = scale.reshape(kernel.groups, 1, -1, *(1,) * kernel.axes)
-    return (grouped * scale).flatten(0, 1)
-
-
-def _through(kernel: ConvKernel, constant: Tensor | None) -> Tensor | None:
-    """Return what `kernel` adds to its output when `constant`, `(in,)`, is added to its input."""
-    if constant is None:
-        return None
-    return _scale_inputs(kernel, constant).flatten(1).sum(1)
-
-
-def _add_optional(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def _size(kernel: ConvKernel) -> str:
-    return "x".join(str(side) for side in kernel.kernel_size)
+    return (grouped * scale.reshape(kernel.groups, 1, -1, *(1,) * kernel.axes)).flatten(0, 1)

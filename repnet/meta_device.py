@@ -16,26 +16,20 @@ POINTWISE = {
 
 
 def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return `func(*args, **kwargs)`, quickly where that says nothing but a shape."""
+    """Return `func(*args, **kwargs)`, without calling it where only a shape is to be found."""
     if args and isinstance(args[0], Tensor) and args[0].is_meta and not kwargs.get("inplace"):
         if func is torch.nn.functional.batch_norm:
             return args[0].clone()
-        if func.__name__ in POINTWISE and kwargs.keys() <= {"inplace"}:
-            shape = _common_shape(args)
-            if shape is not None:
-                return args[0].expand(shape).clone()
+        if func.__name__ in POINTWISE and kwargs.keys() <= {"inplace"} and _can_broadcast(args):
+            shapes = {arg.shape for arg in args if isinstance(arg, Tensor)}
+            return args[0].expand(torch.broadcast_shapes(*shapes)).clone()
     return func(*args, **kwargs)
 
 
-def _common_shape(args: tuple[Any, ...]) -> torch.Size | None:
-    """Return the shape that floating-point tensors of one dtype are broadcast to."""
-    shape, dtype = args[0].shape, args[0].dtype
-    for other in args[1:]:
-        if isinstance(other, Tensor):
-            if other.dtype != dtype or not other.is_meta:
-                return None
-            if other.shape != shape:
-                shape = torch.broadcast_shapes(shape, other.shape)
-        elif type(other) not in (int, float):
-            return None
-    return shape if dtype.is_floating_point else None
+def _can_broadcast(args: tuple[Any, ...]) -> bool:
+    """Return whether these are numbers and floating-point tensors of one dtype, without values."""
+    dtype = args[0].dtype
+    return dtype.is_floating_point and all(
+        arg.is_meta and arg.dtype == dtype if isinstance(arg, Tensor) else type(arg) in (int, float)
+        for arg in args
+    )

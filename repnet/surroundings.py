@@ -1,4 +1,4 @@
-"""What stands around the layers of a model: compilation, hooks, quantization."""
+"""What surrounds the layers of a model: compilation, hooks, quantization."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from repnet.symbolic import twin
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """Return the model without compilation, after a look at what cannot be folded.
+    """Return the model without compilation, after a search for parts that cannot be folded.
 
     Args:
-        model: not changed; a copy that shares its tensors is returned if a part is compiled.
+        model: not changed; if a part is compiled, a copy that shares its tensors is returned.
 
     Raises:
         NotFoldableError: a part is quantized, scripted or has no shape yet.
@@ -27,7 +27,7 @@ def prepared(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         where = f"'{name or type(module).__name__}'"
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        if "FloatFunctional" in kind:  # of torchvision's float models: adds, and nothing else
+        if "FloatFunctional" in kind:  # only adds, in torchvision's float models
             continue
         if ".quantized." in f".{kind}" or ".qat." in kind or "fake_quantize" in kind:
             raise NotFoldableError(f"{where} is quantized ({kind}); fold first, then quantize")
@@ -36,7 +36,7 @@ def prepared(model: nn.Module) -> nn.Module:
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             if isinstance(tensor, UninitializedTensorMixin):
                 raise NotFoldableError(f"{where} has no shape yet; run the model once")
-            if tensor is not None and _is_packed(tensor):
+            if tensor is not None and (tensor.is_quantized or type(tensor.data) is not Tensor):
                 raise NotFoldableError(
                     f"'{key}' of {where} is a {type(tensor.data).__name__}, which is no plain "
                     "tensor; fold first, then quantize or distribute"
@@ -45,23 +45,13 @@ def prepared(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether a module has hooks of its own that a run or a gradient calls."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
-
-
-def _is_packed(tensor: Tensor) -> bool:
-    return tensor.is_quantized or type(tensor.data) is not Tensor
+    """Return whether a module has its own hooks on the forward or backward pass."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_{kind}") for kind in kinds)
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model with compiled modules in the place of their wrappers."""
+    """Return the model with the original modules in place of their compiled wrappers."""
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is None:  # nothing was compiled in this process
         return model

@@ -22,7 +22,6 @@ from repnet.kernel import (
     NotAffineError,
     NotFoldableError,
     Sizes,
-    UnfilledKernel,
     add,
     concat,
     overwrite,
@@ -40,29 +39,29 @@ def kernel_of(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> ConvKernel:
-    """Return the one convolution that `module` computes in evaluation.
+    """Return the one convolution that `module` computes in evaluation mode.
 
-    `module(ConvKernel.identity(in_channels))`: what `forward` does to the kernel is its fold, so
-    there is nothing to keep in step with it. Differentiable in the module's parameters. Weights in
-    half precision are folded in float64. The training flags are as before when this returns.
+    This is `module(ConvKernel.identity(in_channels))`: the fold is what `forward` does to the
+    kernel. It is differentiable in the module's parameters. Weights in half precision are folded in
+    float64. The training flags are as before when this returns.
 
     Args:
         module: takes and returns one `(batch, channels, height, width)` tensor.
         in_channels: channels of its input.
-        axes: spatial axes of its input: 0 of a linear layer, 1 of a sequence, 3 of a volume.
-        dtype: what to fold in, where it is more precise than the module's; None for the module's.
-        device: of the kernel, for a module without tensors; None for the module's.
+        axes: spatial axes of its input: 0 for a linear layer, 1 for a sequence, 3 for a volume.
+        dtype: fold in this dtype if it is more precise than the module's.
+        device: for a module without tensors; None for the module's device.
 
     Raises:
-        NotAffineError: forward does something that has no rule, or that a kernel cannot follow.
-        NotFoldableError: the module is not affine and shift-invariant; the reason is the message.
+        NotAffineError: forward does something that has no rule, or fails on a kernel.
+        NotFoldableError: the module is not affine and shift-invariant; the message is the reason.
 
     Example:
         >>> kernel_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 3).weight.shape
         torch.Size([8, 3, 3, 3])
     """
-    tensors = [t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()]
-    like = tensors[0] if tensors else torch.empty(0)
+    tensors = chain(module.parameters(), module.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     exact = torch.promote_types(_exact_dtype(like.dtype), dtype or like.dtype)
     identity = ConvKernel.identity(
         in_channels, axes=axes, dtype=exact, device=device or like.device
@@ -95,24 +94,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def twin(
     module: nn.Module, *, device: str | None = None, replaced: Mapping[int, Any] | None = None
 ) -> nn.Module:
-    """Return a copy that shares parameters, and so takes next to no memory; not compiled.
+    """Return an uncompiled copy that shares the parameters, and so takes next to no memory.
 
-    What a run of it keeps aside, or writes into buffers, stays in the copy.
+    State that a forward pass caches or writes into buffers stays in the copy.
 
     Args:
         module: not changed.
         device: "meta" for a copy without values.
-        replaced: other modules for some, by the identity of these.
+        replaced: new modules by the identity of the old ones.
     """
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
-    shared = {**kept_tensors(module), **shared}
+    shared = {**kept_tensors(module), **{id(p): p for p in module.parameters()}}
     if device is not None:
         for key, tensor in shared.items():
+            if isinstance(tensor, Tensor):
+                shared[key] = tensor.detach().to(device)
             if isinstance(tensor, nn.Parameter):
-                moved = tensor.detach().to(device)
-                shared[key] = nn.Parameter(moved, requires_grad=tensor.requires_grad)
-            elif isinstance(tensor, Tensor):
-                shared[key] = tensor.to(device)
+                shared[key] = nn.Parameter(shared[key], requires_grad=tensor.requires_grad)
     try:
         copy = deepcopy(module, {**shared, **(replaced or {})})
     except Exception as error:  # a module may hold anything
@@ -123,27 +120,24 @@ def twin(
 
 
 def kept_tensors(module: nn.Module) -> dict[int, Any]:
-    """Return copies of buffers and plain attributes by the identity of the tensors.
+    """Return copies of the tensors that a module keeps, except parameters, for a `deepcopy`.
 
-    torch itself does not copy a tensor that a gradient can flow back from, which a forward may
-    have kept. The empty dicts of hooks, which a deep copy would spend most of its time on, are
-    copied, too.
+    `deepcopy` refuses a tensor that a gradient can flow back from, which a forward may have kept.
+    The empty dicts of hooks would take most of its time, so they are copied here, too.
+
+    Returns:
+        The copies by the identity of the originals.
     """
-    found: dict[int, Tensor] = {}
-    hooks: dict[int, Any] = {}
+    found: dict[int, Any] = {}
     for m in module.modules():
         for key, value in vars(m).items():
-            if isinstance(value, Tensor):
-                found[id(value)] = value
-            elif type(value) is OrderedDict and not value:
-                hooks[id(value)] = OrderedDict()
-            elif (
-                key not in ("_parameters", "_modules")
-                and value
-                and isinstance(value, dict | list | tuple)
-            ):
+            if type(value) is OrderedDict and not value:
+                found[id(value)] = OrderedDict()
+            elif key in ("_parameters", "_modules"):
+                continue
+            elif isinstance(value, Tensor | dict | list | tuple):
                 found |= {id(t): t for t in tree_leaves(value) if isinstance(t, Tensor)}
-    return {**hooks, **{key: tensor.detach().clone() for key, tensor in found.items()}}
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
 def apply_rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,23 +169,21 @@ def _convolve(
     groups: int = 1,
 ) -> ConvKernel:
     axes = weight.ndim - 2
-    dilations = _sizes(dilation, axes)
+    dilation = _sizes(dilation, axes)
     if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
         sides = [(p, p) for p in _sizes(0 if isinstance(padding, str) else padding, axes)]
     return _then(
         x,
-        ConvKernel(
-            weight,
-            _exact(bias, x),
-            stride=_sizes(stride, axes),
-            padding=tuple(sides),
-            dilation=dilations,
-            groups=groups,
-            precision=_exact_dtype(weight.dtype),
-        ),
+        weight,
+        _exact(bias, x),
+        stride=_sizes(stride, axes),
+        padding=tuple(sides),
+        dilation=dilation,
+        groups=groups,
+        precision=_exact_dtype(weight.dtype),
     )
 
 
@@ -211,34 +203,29 @@ def _convolve_transposed(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> ConvKernel:
-    """`weight` is `(in, out / groups, kh, kw)`: the adjoint of a convolution, so it is flipped."""
     axes = weight.ndim - 2
-    dilations = _sizes(dilation, axes)
+    sizes = (_sizes(n, axes) for n in (dilation, padding, output_padding))
     sides = []
-    for size, step, crop, extra in zip(
-        weight.shape[2:],
-        dilations,
-        _sizes(padding, axes),
-        _sizes(output_padding, axes),
-        strict=True,
-    ):
+    for size, step, crop, extra in zip(weight.shape[2:], *sizes, strict=True):
         full = step * (size - 1) - crop
         sides.append((full, full + extra))
     return _then(
         x,
-        ConvKernel(
-            transpose_weight(_exact(weight, x), groups),
-            _exact(bias, x),
-            padding=tuple(sides),
-            dilation=dilations,
-            upsample=_sizes(stride, axes),
-            groups=groups,
-        ),
+        transpose_weight(_exact(weight, x), groups),
+        _exact(bias, x),
+        padding=tuple(sides),
+        dilation=_sizes(dilation, axes),
+        upsample=_sizes(stride, axes),
+        groups=groups,
     )
 
 
 def transpose_weight(weight: Tensor, groups: int) -> Tensor:
-    """Return the weight of a transposed convolution as that of a convolution, and back."""
+    """Turn `(in, out / groups, kh, kw)` of a transposed convolution into `(out, in / groups, ...)`.
+
+    A transposed convolution is the adjoint of a convolution, so the weight is also flipped. The
+    same function turns it back.
+    """
     blocks = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return blocks.flip(*range(2, weight.ndim))
 
@@ -258,7 +245,7 @@ def _batch_norm(
         raise NotFoldableError(
             "batch_norm without running statistics divides by those of its batch"
         )
-    if variance.is_meta:  # a shape, which torch would compute in Python, at a millisecond each
+    if variance.is_meta:  # where each operation takes torch a millisecond
         return _channelwise(x, variance, variance)
     scale = (variance + eps).rsqrt()
     if weight is not None:
@@ -300,7 +287,7 @@ def _pad(
     x: ConvKernel, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> ConvKernel:
     if not any(pad):
-        return replace(x)  # torch copies here, too
+        return replace(x)  # torch copies, too
     if mode != "constant" or value:
         kind = f"mode '{mode}'" if mode != "constant" else f"the constant {value}"
         raise NotFoldableError(f"pad with {kind} is not the zero padding of a convolution")
@@ -322,40 +309,38 @@ def _resample(
     x: ConvKernel, padding: Sequence[tuple[int, int]], stride: Sequence[int] = ()
 ) -> ConvKernel:
     """Return `x` padded or, where `padding` is negative, cropped, and then every n-th sample."""
-    identity = ConvKernel.identity(x.out_channels, axes=x.axes, dtype=x.dtype, device=x.device)
-    return _then(x, replace(identity, padding=tuple(padding), stride=tuple(stride)))
+    ones = torch.ones(x.out_channels, 1, *(1,) * x.axes, dtype=x.dtype, device=x.device)
+    return _then(x, ones, padding=tuple(padding), stride=tuple(stride), groups=x.out_channels)
 
 
 def _add(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
-    y = _mul(y, alpha) if alpha != 1 else y
-    if isinstance(x, ConvKernel) and isinstance(y, ConvKernel):
-        return add([x, y])
+    y = y * alpha if alpha != 1 else y
     kernel, constant = (x, y) if isinstance(x, ConvKernel) else (y, x)
-    if isinstance(constant, int | float) and constant == 0:
-        return replace(kernel)  # the start of Python's sum(); what is added in place stays in it
+    if isinstance(constant, ConvKernel):
+        return add([x, y])
+    if isinstance(constant, int | float) and constant == 0:  # where Python's sum() starts
+        return replace(kernel)
     shift = _constant(kernel, constant)
     return _channelwise(kernel, torch.ones_like(shift), shift)
 
 
 def _sub(x: Any, y: Any, *, alpha: float = 1) -> ConvKernel:
-    return _add(x, _mul(y, -alpha))
+    return _add(x, y, alpha=-alpha)
 
 
-def _mul(x: Any, y: Any) -> Any:
-    if not (isinstance(x, ConvKernel) or isinstance(y, ConvKernel)):
-        return x * y
-    if isinstance(x, ConvKernel) and isinstance(y, ConvKernel):
-        raise NotFoldableError("the product of two maps of the input is not affine")
+def _mul(x: Any, y: Any) -> ConvKernel:
     kernel, constant = (x, y) if isinstance(x, ConvKernel) else (y, x)
-    return _channelwise(kernel, _constant(kernel, constant), None)
+    if isinstance(constant, ConvKernel):
+        raise NotFoldableError("the product of two maps of the input is not affine")
+    return _channelwise(kernel, _constant(kernel, constant))
 
 
 def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> ConvKernel:
-    if not isinstance(x, ConvKernel) or isinstance(y, ConvKernel):
+    if isinstance(y, ConvKernel):
         raise NotFoldableError("division by a map of the input is not affine")
     if rounding_mode is not None:
         raise NotFoldableError("division with rounding is not affine")
-    return _channelwise(x, 1 / _constant(x, y), None)
+    return _channelwise(x, 1 / _constant(x, y))
 
 
 def _cat(tensors: Sequence[Any], dim: int = 0) -> ConvKernel:
@@ -376,12 +361,8 @@ def _split(x: ConvKernel, sizes: int | Sequence[int], dim: int = 0) -> tuple[Con
     return tuple(share(x, select(x, stop - n, stop)) for n, stop in zip(sizes, stops, strict=True))
 
 
-def _chunk(x: ConvKernel, chunks: int, dim: int = 0) -> tuple[ConvKernel, ...]:
-    return _split(x, -(-x.out_channels // chunks), dim)
-
-
 def _narrow(x: ConvKernel, dim: int, start: int, length: int) -> ConvKernel:
-    start %= x.out_channels  # counted from the end if negative
+    start %= x.out_channels  # it counts from the end if negative
     return _split(x, [start, length, x.out_channels - start - length], dim)[1]
 
 
@@ -405,14 +386,44 @@ def _getitem(x: ConvKernel, index: Any) -> ConvKernel:
     return share(x, view)
 
 
+class UnfilledKernel(ConvKernel):
+    """A kernel with a bias after padding with zeros, until the forward fills the border.
+
+    The border law refuses these zeros. But a forward may overwrite them with what its norm makes of
+    a zero, as the blocks of arXiv:2103.13425 do. The result is a kernel that pads before its bias.
+    Until then every use raises `reason`; afterwards this object is an ordinary `ConvKernel`.
+    """
+
+    def __init__(self, filled: ConvKernel, border: list[tuple[int, slice]], reason: str) -> None:
+        # `border` lists the parts that are still zero: a dimension and the range along it.
+        vars(self).update(_filled=filled, _border=border, _reason=reason)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise NotFoldableError(self._reason)
+
+
 def _setitem(x: ConvKernel, index: Any, value: Any) -> None:
+    """Fill one side of a padded kernel with its bias."""
     if not isinstance(x, UnfilledKernel):
         raise NotFoldableError("forward assigns to a part of a tensor, which may be its border")
-    x.fill(_ranges(x._filled, index), _constant(x._filled, value))
+    filled, border, bias = x._filled, x._border, x._filled.bias
+    written = [(n, part) for n, part in enumerate(_ranges(filled, index)) if part != slice(None)]
+    if len(written) != 1 or written[0] not in border:
+        raise NotFoldableError("forward assigns to other parts of a tensor than its padding")
+    error = (_constant(filled, value) - bias).abs().max()
+    tolerance = 1e-9 if bias.dtype == torch.float64 else 1e-5
+    if not bias.is_meta and not error <= tolerance * bias.abs().max():
+        raise NotFoldableError("forward pads with other values than what zeros become")
+    border.remove(written[0])
+    if not border:
+        overwrite(x, filled)
+        object.__setattr__(x, "__class__", ConvKernel)
 
 
 def _ranges(x: ConvKernel, index: Any) -> list[slice]:
-    """Return one slice for each dimension of `x`; a start at 0 is left out."""
+    """Return one slice for each dimension of `x`, with None for a start at 0."""
     index = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(i, slice | EllipsisType) for i in index):
         raise NotFoldableError("an index that is no slice is not shift-invariant")
@@ -434,21 +445,8 @@ def _dropout(x: ConvKernel, p: float = 0.5, training: bool = True, inplace: bool
     return x
 
 
-def _detach(x: ConvKernel) -> ConvKernel:
-    bias = None if x.bias is None else x.bias.detach()
-    return share(x, replace(x, weight=x.weight.detach(), bias=bias))
-
-
-def _clone(x: ConvKernel, **kwargs: Any) -> ConvKernel:
-    return replace(x)
-
-
-def _contiguous(x: ConvKernel, **kwargs: Any) -> ConvKernel:
-    return share(x, x)  # a copy or not
-
-
 def _cast(x: ConvKernel, *args: Any, **kwargs: Any) -> ConvKernel:
-    """Return `x`: the laws keep their precision, whatever dtype or device forward asks for."""
+    """Return `x`: the laws keep their precision whatever dtype or device the forward names."""
     for target in (*args, *kwargs.values()):
         dtype = target.dtype if isinstance(target, Tensor) else target
         if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
@@ -468,7 +466,9 @@ def _in_place(rule: Callable[..., ConvKernel]) -> Callable[..., ConvKernel]:
     return change
 
 
-def _then(x: ConvKernel, kernel: ConvKernel) -> ConvKernel:
+def _then(x: ConvKernel, weight: Tensor, bias: Tensor | None = None, **geometry: Any) -> ConvKernel:
+    """Return `x`, followed by the kernel of these parts."""
+    kernel = ConvKernel(weight, bias, **geometry)
     if x.out_channels != kernel.in_channels:
         raise NotFoldableError(
             f"{x.out_channels} channels enter a layer that expects {kernel.in_channels}"
@@ -476,29 +476,26 @@ def _then(x: ConvKernel, kernel: ConvKernel) -> ConvKernel:
     return x.then(kernel)
 
 
-def _channelwise(x: ConvKernel, scale: Tensor, shift: Tensor | None) -> ConvKernel:
+def _channelwise(x: ConvKernel, scale: Tensor, shift: Tensor | None = None) -> ConvKernel:
     """Return `x * scale + shift`, both `(channels,)`."""
-    weight = scale.reshape(-1, 1, *(1,) * x.axes)
-    return _then(x, ConvKernel(weight, shift, groups=scale.numel()))
+    return _then(x, scale.reshape(-1, 1, *(1,) * x.axes), shift, groups=scale.numel())
 
 
 def _constant(kernel: ConvKernel, constant: Any) -> Tensor:
     """Return a constant operand as one value per channel, `(channels,)`."""
-    channels = kernel.out_channels
-    dtype = kernel.dtype  # a number takes the dtype of what it meets, a tensor may raise it
+    dtype = kernel.dtype  # that of the result, too, unless the constant is a more exact tensor
     if isinstance(constant, Tensor):
         constant = _exact(constant, kernel)
         dtype = torch.promote_types(constant.dtype, dtype)
     value = torch.as_tensor(constant, dtype=dtype, device=kernel.device)
-    if value.numel() == 1 and value.ndim <= kernel.ndim:
-        return value.reshape(1).expand(channels)
+    channels, ones = kernel.out_channels, (1,) * kernel.axes
     shape = (1,) * (kernel.ndim - value.ndim) + tuple(value.shape)
-    if shape != (1, channels, *(1,) * kernel.axes):
+    if shape not in ((1, 1, *ones), (1, channels, *ones)):
         raise NotFoldableError(
             f"a constant of shape {tuple(value.shape)} varies in space; one value per channel, "
             f"({channels}, 1, 1), can be folded"
         )
-    return value.flatten()
+    return value.flatten().expand(channels)
 
 
 def _exact(tensor: Any, kernel: ConvKernel) -> Any:
@@ -518,81 +515,66 @@ def _sizes(value: int | Sequence[int], axes: int) -> Sizes:
 
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys([functional.conv1d, functional.conv2d, functional.conv3d], _convolve),
-    **dict.fromkeys(
-        [functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d],
-        _convolve_transposed,
-    ),
-    functional.linear: _linear,
-    functional.batch_norm: _batch_norm,
-    **dict.fromkeys(
-        [functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d], _average_pool
-    ),
-    functional.pad: _pad,
-    **dict.fromkeys(
-        [functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d],
-        _dropout,
-    ),
-    torch.cat: _cat,
-    torch.concat: _cat,
-    torch.concatenate: _cat,
-    torch.rsub: lambda x, y, alpha=1: _sub(y, x, alpha=alpha),
-    Tensor.__rsub__: lambda x, y: _sub(y, x),
-    Tensor.__getitem__: _getitem,
-    Tensor.__setitem__: _setitem,
-    **dict.fromkeys([Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda], _cast),
-    **dict.fromkeys([Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16], _cast),
-    Tensor.size: _size,
-    Tensor.dim: lambda x: x.ndim,
-    **{
-        function: rule
-        for names, rule in (
-            (("add", "__add__", "__radd__"), _add),
-            (("sub", "subtract", "__sub__"), _sub),
-            (("mul", "multiply", "__mul__", "__rmul__"), _mul),
-            (("div", "divide", "true_divide", "__truediv__"), _div),
-            (("neg", "negative", "__neg__"), lambda x: _mul(x, -1)),
-            (("add_", "__iadd__"), _in_place(_add)),
-            (("sub_", "subtract_", "__isub__"), _in_place(_sub)),
-            (("mul_", "multiply_", "__imul__"), _in_place(_mul)),
-            (("div_", "divide_", "true_divide_", "__itruediv__"), _in_place(_div)),
-            (("split", "split_with_sizes"), _split),
-            (("chunk",), _chunk),
-            (("narrow",), _narrow),
-            (("clone",), _clone),
-            (("contiguous",), _contiguous),
-            (("detach",), _detach),
-        )
-        for name in names
-        for namespace in (torch, Tensor)
-        if (function := getattr(namespace, name, None)) is not None
-    },
+    function: rule
+    for namespaces, names, rule in (
+        ((functional,), "conv1d conv2d conv3d", _convolve),
+        ((functional,), "conv_transpose1d conv_transpose2d conv_transpose3d", _convolve_transposed),
+        ((functional,), "linear", _linear),
+        ((functional,), "batch_norm", _batch_norm),
+        ((functional,), "avg_pool1d avg_pool2d avg_pool3d", _average_pool),
+        ((functional,), "pad", _pad),
+        ((functional,), "dropout dropout1d dropout2d dropout3d", _dropout),
+        ((torch,), "cat concat concatenate", _cat),
+        ((Tensor,), "__getitem__", _getitem),
+        ((Tensor,), "__setitem__", _setitem),
+        ((Tensor,), "to type type_as cpu cuda float double half bfloat16", _cast),
+        ((Tensor,), "size", _size),
+        ((Tensor,), "dim", lambda x: x.ndim),
+        ((torch, Tensor), "add __add__ __radd__", _add),
+        ((torch, Tensor), "sub subtract __sub__", _sub),
+        ((torch, Tensor), "rsub __rsub__", lambda x, y, alpha=1: _sub(y, x, alpha=alpha)),
+        ((torch, Tensor), "mul multiply __mul__ __rmul__", _mul),
+        ((torch, Tensor), "div divide true_divide __truediv__", _div),
+        ((torch, Tensor), "neg negative __neg__", lambda x: _mul(x, -1)),
+        ((torch, Tensor), "add_ __iadd__", _in_place(_add)),
+        ((torch, Tensor), "sub_ subtract_ __isub__", _in_place(_sub)),
+        ((torch, Tensor), "mul_ multiply_ __imul__", _in_place(_mul)),
+        ((torch, Tensor), "div_ divide_ true_divide_ __itruediv__", _in_place(_div)),
+        ((torch, Tensor), "split split_with_sizes", _split),
+        ((torch, Tensor), "chunk", lambda x, n, dim=0: _split(x, -(-x.out_channels // n), dim)),
+        ((torch, Tensor), "narrow", _narrow),
+        ((torch, Tensor), "clone", lambda x, **options: replace(x)),
+        ((torch, Tensor), "contiguous", lambda x, **options: share(x, x)),
+        ((torch, Tensor), "detach", lambda x: share(x, x.map(Tensor.detach))),
+    )
+    for name in names.split()
+    for namespace in namespaces
+    if (function := getattr(namespace, name, None)) is not None
 }
 
-KEYWORDS = {  # what torch calls the arguments of the rules
+KEYWORDS = {  # torch's names for the arguments of the rules
     "input": "x",
     "tensor": "x",
     "other": "y",
+    "chunks": "n",
     "split_size": "sizes",
     "split_sizes": "sizes",
     "split_size_or_sections": "sizes",
 }
 
-_SIZED = "depends on the size of its input"
-_POINTWISE = "is not affine"
 REASONS = {
-    **dict.fromkeys(
-        ["adaptive_avg_pool2d", "interpolate", "upsample", "flatten", "view", "reshape", "mean"],
-        _SIZED,
-    ),
-    **dict.fromkeys(
-        ["relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardtanh", "softmax"],
-        _POINTWISE,
-    ),
-    **dict.fromkeys(
-        ["leaky_relu", "elu", "mish", "prelu", "hardsigmoid", "max_pool2d"], _POINTWISE
-    ),
-    **dict.fromkeys(
-        ["layer_norm", "group_norm", "instance_norm"], "divides by statistics of its own input"
-    ),
+    name: reason
+    for reason, names in (
+        (
+            "depends on the size of its input",
+            "adaptive_avg_pool2d interpolate upsample flatten view reshape mean",
+        ),
+        (
+            "is not affine",
+            "relu relu6 silu gelu sigmoid tanh hardswish hardtanh softmax leaky_relu elu mish "
+            "prelu hardsigmoid max_pool2d",
+        ),
+        ("divides by statistics of its own input", "layer_norm group_norm instance_norm"),
+    )
+    for name in names.split()
 }

@@ -347,6 +347,22 @@ def test_the_layer_is_the_kernel(case: Case) -> None:
     assert relative_error(module(x), layer(x)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"padding": ((3, 3),)},
+        {"padding": ((1, 0),)},
+        {"padding": ((1, 3),)},
+        {"padding": ((1, 1),), "stride": (3,)},
+    ],
+    ids=["more than the reach", "less after than before", "a stride more after", "strided"],
+)
+def test_a_transposed_convolution_that_torch_lacks_is_refused(geometry: dict[str, Any]) -> None:
+    kernel = ConvKernel(torch.ones(4, 4, 3), upsample=(2,), **geometry)
+    with pytest.raises(NotFoldableError, match="torch has no transposed convolution"):
+        as_module(kernel, like=nn.Identity())
+
+
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_block_folds_under_its_name_and_in_its_dtype(case: Case, dtype: torch.dtype) -> None:

@@ -156,6 +156,12 @@ def test_the_error_is_relative_to_the_largest_value(x: Tensor) -> None:
     assert result.max_relative_error == 0.25
 
 
+def test_a_tensor_that_is_zero_but_for_rounding_has_no_scale_of_its_own(x: Tensor) -> None:
+    outputs = ([torch.ones(4, 2), torch.full((4, 2), value)] for value in (1e-17, 2e-17))
+    expected, actual = map(Constant, outputs)
+    assert compare(expected, actual, x).max_relative_error < 1e-9
+
+
 @pytest.mark.parametrize(
     "actual",
     [torch.ones(4, 3), torch.ones(4), [torch.ones(4, 2)] * 2, [], torch.ones(4, 2, 1)],

@@ -236,6 +236,15 @@ def test_zeros_pass_through_a_pointwise_kernel_without_bias(case):
     assert relative_error(g(f(x)), f.then(g)(x)) < TOLERANCE
 
 
+@given(st.data())
+def test_upsampling_spreads_the_taps_of_an_unstrided_kernel_without_bias(data):
+    f = replace(data.draw(kernels()), bias=None, stride=(1, 1))
+    g = data.draw(kernels(in_channels=f.out_channels))
+    g = replace(g, padding=NO_PADDING, upsample=(2, 3))
+    x = data.draw(images([f, g]))
+    assert relative_error(g(f(x)), f.then(g)(x)) < TOLERANCE
+
+
 @st.composite
 def arbitrary_pairs(draw: st.DrawFn) -> tuple[ConvKernel, ConvKernel, Tensor]:
     first = draw(kernels(transparent=draw(st.booleans())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from repnet import meta_device
 from repnet.layers import conv
 from repnet.precision import CHUNK, InFloat64
 from tests.models import relative_error
@@ -207,7 +208,39 @@ def test_containers_of_tensors_are_exact() -> None:
     assert indices.dtype == torch.int64
 
 
+class OwnList(list):
+    pass
+
+
+class OwnTuple(tuple):
+    pass
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize("kind", [OwnList, OwnTuple, lambda parts: Pair(*parts)])
+def test_containers_of_other_classes_are_exact(kind: Callable[[list[Tensor]], Any]) -> None:
+    parts = [torch.rand(2, 3), torch.rand(2, 3)]
+    with InFloat64():
+        joined = torch.cat(kind(parts))
+    torch.testing.assert_close(joined, torch.cat(parts).double(), rtol=0, atol=0)
+
+
 def test_nothing_is_changed_outside() -> None:
     with InFloat64():
         pass
     assert (torch.ones(2) * 0.5).dtype == torch.float32
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64], ids=str)
+def test_without_values_shape_and_dtype_are_those_of_torch(
+    dtype: torch.dtype, other: torch.dtype
+) -> None:
+    args = (torch.ones(2, 1, dtype=dtype, device="meta"), torch.ones(3, dtype=other, device="meta"))
+    for function in (torch.add, torch.div):
+        expected, actual = function(*args), meta_device.run(function, args, {})
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
