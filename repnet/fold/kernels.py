@@ -21,24 +21,16 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from repnet import convolution
+from repnet import kernel as kernels
 from repnet.convolution import Layer
 from repnet.fold.frame import Frame
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-UPSAMPLING = (
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-)
-CONVOLVING = (
-    functional.linear,
-    functional.conv1d,
-    functional.conv2d,
-    functional.conv3d,
-    *UPSAMPLING,
-)
+TRANSPOSED = convolution.TRANSPOSED[1:]
+UPSAMPLING = kernels.TRANSPOSED[1:]
+CONVOLVING = (functional.linear, *kernels.CONVOLUTIONS[1:], *UPSAMPLING)
 
 
 def argument_of(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -215,12 +207,12 @@ class Kernels:
         weight = self.weight(step)
         if weight is None:
             return 0
-        module = self.modules.get(str(step.target)) if step.op == "call_module" else None
-        upsamples = isinstance(module, TRANSPOSED) or step.target in UPSAMPLING
-        where = step.all_input_nodes[0] if upsamples else step
-        shape = where.meta.get("shape") or (0,)
-        axis = -1 if isinstance(module, nn.Linear) or step.target is functional.linear else 1
-        return weight.numel() * (torch.Size(shape).numel() // max(1, shape[axis]))
+        if step.op == "call_module":
+            upsamples = isinstance(self.modules[str(step.target)], TRANSPOSED)
+        else:
+            upsamples = step.target in UPSAMPLING
+        values = step.all_input_nodes[0] if upsamples else step  # each meets one row of the weight
+        return weight[0].numel() * values.meta.get("shape", torch.Size([0])).numel()
 
     def convolutions(self, node: fx.Node) -> int:
         """Return how many convolution and linear layers a node runs."""

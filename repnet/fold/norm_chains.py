@@ -153,10 +153,15 @@ class Chains:
                 continue
             if not (self._is_map(norm) and isinstance(self.survey.modules[layer], Layer)):
                 continue
-            length, _ = self._check(norm, calls, _covered({norm: calls}))
-            if length and self._is_free(norm, layer):
-                found[layer] = Head(norm)
-                used |= {norm, layer}
+            if not self._check(norm, calls, _covered({norm: calls}))[0]:
+                continue
+            first, second = (self.survey.leaves[name][0][1] for name in (norm, layer))
+            try:
+                self.kernels.alone(first).then(self.kernels.alone(second))
+            except NotFoldableError:
+                continue
+            found[layer] = Head(norm)
+            used |= {norm, layer}
         return found
 
     def _check(
@@ -190,15 +195,6 @@ class Chains:
             return reason
         outside = next((o for n in names if (o := self.survey.callers_outside(n))), "")
         return f"'{outside}' is also used elsewhere" if outside else ""
-
-    def _is_free(self, norm: str, layer: str) -> bool:
-        """Return whether a convolution may take in the norm in front of it."""
-        first, second = (self.survey.leaves[name][0][1] for name in (norm, layer))
-        try:
-            self.kernels.alone(first).then(self.kernels.alone(second))
-        except NotFoldableError:
-            return False
-        return True
 
     # One forward
 
@@ -536,15 +532,7 @@ def _moves_labels(path: Sequence[fx.Node], axis: int) -> bool:
 def _rearrange(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor:
     """Return what a node makes of labels; the sizes that it reads are those of its run."""
     if node.op == "call_module":
-        (labels,) = values.values()
-        inner: dict[fx.Node, Tensor] = {}
-        for n in node.meta["frame"].graph.nodes:
-            if n.op == "placeholder" and "shape" in n.meta:
-                inner[n] = labels
-            elif n.op == "output":
-                return inner[n.args[0]]
-            elif "shape" in n.meta:
-                inner[n] = _rearrange(n, inner)
+        return fx.Interpreter(nn.Module(), graph=node.meta["frame"].graph).run(*values.values())
 
     def value(argument: fx.Node) -> Any:
         if argument in values:

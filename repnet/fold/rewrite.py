@@ -167,10 +167,6 @@ def _built(
     return built
 
 
-def _inputs(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder"]
-
-
 def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> None:
     """Remove what nothing reads, and calls that return their argument."""
     for node in reversed(graph.nodes):
@@ -189,18 +185,16 @@ def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> N
 def _guard(graph: fx.Graph, frame: Frame, copied: Mapping[fx.Node, fx.Node]) -> None:
     """Let the graph compare what forward decided on with the values of the recorded run."""
     decided = [(d.node, d.value) for d in frame.decisions]
-    for node in frame.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    inputs = [n for n in frame.graph.nodes if n.op == "placeholder"]
+    for node in inputs:
         if node.name in frame.frozen and "value" in node.meta:
             decided.append((node, node.meta["value"]))
         elif "shape" in node.meta:
             kind = (len(node.meta["shape"]), node.meta["dtype"].is_floating_point)
-            with graph.inserting_after(_inputs(graph)[-1]):
+            with graph.inserting_after(copied[inputs[-1]]):
                 graph.call_function(tensor_as_recorded, (copied[node], *kind))
     for node, value in decided:
-        where = _inputs(graph)[-1] if node.op == "placeholder" else copied[node]
-        with graph.inserting_after(where):
+        with graph.inserting_after(copied[inputs[-1] if node in inputs else node]):
             graph.call_function(same_as_recorded, (copied[node], value))
 
 

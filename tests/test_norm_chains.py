@@ -1,0 +1,130 @@
+"""Which norms a convolution takes in, where modules and calls share layers.
+
+A proof catches a wrong plan and puts the part back, so that outputs alone would not show it: here
+no part may have been put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import repnet
+from tests.models import randomize_batch_norm
+from tests.runs import assert_outputs_agree
+from tests.test_faults import conv, image, network, norm
+
+X = image(2, 4, 8, 8)
+OTHER = image(3, 4, 7, 9)
+
+
+def in_module(layer: nn.Module) -> Any:
+    """Return a module that does more than its layer, which therefore stays where it is."""
+    return network(lambda m, x: m.layer(x).sin(), layer=layer)
+
+
+def pointwise(out_channels: int = 4, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(4, out_channels, 1, groups=groups)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, *inputs: Tensor) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    """Return the folded model, which must be right without being put back, and its folds."""
+    randomize_batch_norm(model)
+    model.double().eval()
+    for x in (inputs := inputs or (X, OTHER)):
+        model(x.double())
+    result, report = repnet.reparameterize(model, inputs[0].double(), return_report=True)
+    assert not report.put_back
+    for x in inputs:
+        assert_outputs_agree(model(x.double()), result(x.double()), 1e-9)
+    return result, {fold.name: fold.replaced for fold in report.folded}
+
+
+def after_itself(m: Any, x: Tensor) -> Tensor:
+    return m.conv(m.norm(m.conv(x).relu()))
+
+
+def before_itself(m: Any, x: Tensor) -> Tensor:
+    return m.norm(m.conv(m.norm(x).relu()))
+
+
+@pytest.mark.parametrize("forward", [after_itself, before_itself])
+def test_the_input_of_the_model_feeds_a_layer_too(forward: Callable[..., Tensor]) -> None:
+    _, folds = fold(network(forward, conv=pointwise(), norm=norm()))
+    assert folds == {}
+
+
+def test_two_convolutions_in_a_row_take_in_no_norm_before_them() -> None:
+    rest = nn.Sequential(pointwise(2), nn.Conv2d(2, 2, 1), nn.ReLU())
+    model = network(lambda m, x: m.rest(m.norm(x.relu())), rest=rest, norm=norm())
+    assert fold(model)[1] == {"rest.0": ("rest.0", "rest.1")}
+
+
+def test_a_layer_takes_in_one_neighbor_and_goes_into_none_after_that() -> None:
+    """A depthwise 1x1 convolution is both a layer and a channelwise map."""
+    parts = {"norm": norm(), "scale": pointwise(groups=4), "last": in_module(pointwise(3))}
+    model = network(lambda m, x: m.last(m.scale(m.norm(x.relu()))), **parts)
+    assert fold(model)[1] == {"scale": ("norm", "scale")}
+
+
+def test_a_map_that_a_layer_took_in_is_no_layer_for_the_next_one() -> None:
+    first = network(lambda m, x: m.scale(x.relu()), scale=pointwise(groups=4))
+    parts = {"first": first, "second": in_module(pointwise(groups=4))}
+    model = network(lambda m, x: m.second(m.first(x)), **parts)
+    assert fold(model)[1] == {"first.scale": ("first.scale", "second.layer")}
+
+
+def test_a_module_still_returns_a_tuple_without_the_scale_that_it_begins_with() -> None:
+    scaled = network(
+        lambda m, x: (m.activation(x * m.scale),),
+        scale=nn.Parameter(torch.rand(4, 1, 1) + 0.5),
+        activation=nn.ReLU(),
+    )
+    model = network(lambda m, x: m.scaled(m.conv(x)), conv=conv(), scaled=scaled)
+    assert fold(model)[1] == {"conv": ("conv", "scaled")}
+
+
+def test_a_module_that_begins_with_nothing_to_fold_keeps_its_class() -> None:
+    activation = network(lambda m, x: x.contiguous().sin())
+    model = network(lambda m, x: m.activation(m.conv(x)), conv=conv(), activation=activation)
+    result, folds = fold(model)
+    assert folds == {}
+    assert type(result.activation) is type(activation)
+
+
+def test_a_norm_is_taken_in_where_its_module_keeps_the_output() -> None:
+    def keep(m: Any, x: Tensor) -> Tensor:
+        m.seen = m.norm(x)
+        return m.seen.relu()
+
+    model = network(
+        lambda m, x: m.keeper(m.conv(x)), conv=conv(), keeper=network(keep, norm=norm())
+    )
+    result, folds = fold(model)
+    assert folds == {"conv": ("conv", "keeper.norm")}
+    torch.testing.assert_close(result.keeper.seen, model.keeper.seen)
+
+
+def test_an_axis_of_size_1_is_judged_by_a_call_that_moves_it_in_the_same_way() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        wide = m.norm(m.conv(x).permute(0, 1, 3, 2))
+        narrow = m.norm(m.conv(x[:, :, :1]).permute(0, 3, 2, 1))
+        return wide.mean() + narrow
+
+    model = network(forward, conv=pointwise(), norm=norm())
+    assert fold(model, image(2, 4, 5, 4), image(3, 4, 6, 4))[1] == {}
+
+
+def test_a_norm_goes_into_a_convolution_behind_it_only_if_it_feeds_it_every_time() -> None:
+    parts = {"norm": norm(), "last": in_module(pointwise(3))}
+    model = network(lambda m, x: m.last(m.norm(x.relu())), **parts)
+    assert fold(model)[1] == {"last.layer": ("norm", "last.layer")}
+    model = network(lambda m, x: m.last(m.norm(x.relu())) + m.last(x), **parts)
+    assert fold(model)[1] == {}
+    model = network(lambda m, x: m.last(y := m.norm(x.relu())).sum() + y, **parts)
+    assert fold(model)[1] == {}
