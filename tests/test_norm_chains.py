@@ -128,3 +128,69 @@ def test_a_norm_goes_into_a_convolution_behind_it_only_if_it_feeds_it_every_time
     assert fold(model)[1] == {}
     model = network(lambda m, x: m.last(y := m.norm(x.relu())).sum() + y, **parts)
     assert fold(model)[1] == {}
+
+
+def normalized_as_often_as_a_number_says(m: Any, y: Tensor) -> Tensor:
+    for _ in range(1 - int(2 / y.shape[2] + 0.5)):  # once if it is 5 or more
+        y = m.norm(y)
+    return y
+
+
+def in_the_forward(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    for _ in range(1 - int(2 / x.shape[2] + 0.5)):
+        y = m.norm(y)
+    return y
+
+
+def in_a_function(m: Any, x: Tensor) -> Tensor:
+    return normalized_as_often_as_a_number_says(m, m.conv(x))
+
+
+def read_again(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    z = m.norm(y)
+    for _ in range(int(2 / x.shape[2] + 0.5)):  # never if it is 5 or more
+        z = z + y
+    return z
+
+
+@pytest.mark.parametrize("forward", [in_the_forward, in_a_function, read_again])
+def test_a_number_that_is_not_followed_may_change_what_reads_a_convolution(
+    forward: Callable[..., Tensor],
+) -> None:
+    model = network(forward, conv=pointwise(), norm=norm())
+    assert fold(model, X, image(2, 4, 2, 8))[1] == {}
+
+
+def test_what_was_done_before_such_a_number_is_folded() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(m.conv(x)).relu()
+        for _ in range(int(2 / x.shape[2] + 0.5)):
+            y = y + 1
+        return y
+
+    model = network(forward, conv=pointwise(), norm=norm())
+    assert fold(model, X, image(2, 4, 2, 8))[1] == {"conv": ("conv", "norm")}
+
+
+def keeps(m: Any, x: Tensor) -> Tensor:
+    m.seen = m.conv(x)
+    return m.norm(m.seen)
+
+
+def changes_a_view(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y[:, :1].mul_(2)
+    return m.norm(y).relu()
+
+
+@pytest.mark.parametrize("forward", [keeps, changes_a_view])
+def test_a_value_that_is_kept_or_changed_on_the_way_stays_as_it_is(
+    forward: Callable[..., Tensor],
+) -> None:
+    model = network(forward, conv=pointwise(), norm=norm())
+    result, folds = fold(model)
+    assert folds == {}
+    if hasattr(model, "seen"):
+        torch.testing.assert_close(result.seen, model.seen)

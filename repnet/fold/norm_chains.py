@@ -33,7 +33,7 @@ from repnet.fold.frame import Frame
 from repnet.fold.kernels import CONVOLVING, Kernels, argument_of, run
 from repnet.fold.record import RecordingError
 from repnet.fold.regions import Region
-from repnet.fold.survey import Survey, is_identity, users_of
+from repnet.fold.survey import Survey, users_of
 from repnet.kernel import ConvKernel, NotFoldableError
 
 # What moves values and changes none.
@@ -346,12 +346,11 @@ class Chains:
         if survey.keeps(name):
             return None
         try:
-            identity = self.kernels.identity(given)
             _, prefix = prefix_of(given, self.kernels)
         except NotFoldableError:
             return None
         try:
-            if _is_scaling(self.kernels.frame(frame, identity)):
+            if _is_scaling(self.kernels.frame(frame, self.kernels.identity(given))):
                 return Head(name)
         except NotFoldableError:
             pass
@@ -416,9 +415,6 @@ def prefix_of(given: fx.Node, kernels: Kernels) -> tuple[list[fx.Node], ConvKern
     node, kernel = given, kernels.identity(given)
     while len(users := users_of(node)) == 1 and users[0].op != "output":
         (user,) = users
-        if user.op == "call_module" and is_identity(user):
-            node = user
-            continue
         try:
             following = kernels.node(user, {node: kernel})
         except NotFoldableError:
