@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import repnet
 from tests.models import randomize_batch_norm
@@ -110,14 +111,22 @@ def test_a_norm_is_taken_in_where_its_module_keeps_the_output() -> None:
     torch.testing.assert_close(result.keeper.seen, model.keeper.seen)
 
 
-def test_an_axis_of_size_1_is_judged_by_a_call_that_moves_it_in_the_same_way() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        wide = m.norm(m.conv(x).permute(0, 1, 3, 2))
-        narrow = m.norm(m.conv(x[:, :, :1]).permute(0, 3, 2, 1))
-        return wide.mean() + narrow
+def moved_in_two_ways(m: Any, x: Tensor) -> Tensor:
+    x = functional.adaptive_avg_pool2d(x, 4)  # as many as there are channels, at every size
+    wide = m.norm(m.conv(x).permute(0, 1, 3, 2))
+    narrow = m.norm(m.conv(x[:, :, :1]).permute(0, 3, 2, 1))
+    return wide.mean() + narrow
 
-    model = network(forward, conv=pointwise(), norm=norm())
-    assert fold(model, image(2, 4, 5, 4), image(3, 4, 6, 4))[1] == {}
+
+def mixed(m: Any, x: Tensor) -> Tensor:
+    return m.norm(m.conv(functional.adaptive_avg_pool2d(x, 4)).permute(0, 3, 2, 1))
+
+
+@pytest.mark.parametrize("forward", [moved_in_two_ways, mixed])
+def test_channels_that_become_another_axis_are_not_those_of_the_norm(
+    forward: Callable[..., Tensor],
+) -> None:
+    assert fold(network(forward, conv=pointwise(), norm=norm()))[1] == {}
 
 
 def test_a_norm_goes_into_a_convolution_behind_it_only_if_it_feeds_it_every_time() -> None:
@@ -194,3 +203,55 @@ def test_a_value_that_is_kept_or_changed_on_the_way_stays_as_it_is(
     assert folds == {}
     if hasattr(model, "seen"):
         torch.testing.assert_close(result.seen, model.seen)
+
+
+def beside_something_else(m: Any, x: Tensor) -> Tensor:
+    return m.norm(torch.cat([m.conv(x), x.relu()], 1))
+
+
+def moved_before(m: Any, x: Tensor) -> Tensor:
+    return m.norm(torch.cat([m.conv(x).transpose(2, 3), m.other(x).transpose(2, 3)], 1))
+
+
+def mixed_before(m: Any, x: Tensor) -> Tensor:
+    return m.norm(torch.cat([m.conv(x).transpose(1, 3), m.other(x).transpose(1, 3)], 1))
+
+
+@pytest.mark.parametrize(
+    ("forward", "folded"),
+    [(beside_something_else, set()), (moved_before, {"conv", "other"}), (mixed_before, set())],
+)
+def test_a_norm_goes_in_parts_into_all_that_is_concatenated(
+    forward: Callable[..., Tensor], folded: set[str]
+) -> None:
+    model = network(forward, conv=pointwise(), other=pointwise(), norm=norm(8))
+    assert set(fold(model, image(2, 4, 5, 4), image(3, 4, 6, 4))[1]) == folded
+
+
+def test_a_layer_that_a_forward_calls_unseen_keeps_its_output() -> None:
+    def counts(m: Any, x: Tensor) -> Tensor:
+        m.calls += 1
+        return m.layer(x).relu()
+
+    layer = pointwise()
+    parts = {"layer": layer, "norm": norm(), "other": network(counts, layer=layer, calls=0)}
+    model = network(lambda m, x: m.norm(m.layer(x)) + m.other(x), **parts)
+    assert fold(model)[1] == {}
+
+
+def test_a_module_that_keeps_what_it_scaled_is_not_rewritten() -> None:
+    def keep_scaled(m: Any, x: Tensor) -> Tensor:
+        m.seen = x * m.scale
+        return m.seen.relu()
+
+    scaled = network(keep_scaled, scale=nn.Parameter(torch.rand(4, 1, 1) + 0.5))
+    model = network(lambda m, x: m.scaled(m.conv(x)), conv=conv(), scaled=scaled)
+    result, folds = fold(model)
+    assert folds == {}
+    torch.testing.assert_close(result.scaled.seen, model.scaled.seen)
+
+
+def test_a_module_that_moves_axes_depending_on_the_size_stands_before_no_norm() -> None:
+    move = network(lambda m, x: x.transpose(1, 3) if x.shape[2] < 5 else x.transpose(2, 3))
+    model = network(lambda m, x: m.norm(m.move(m.conv(x))), conv=conv(), norm=norm(), move=move)
+    assert fold(model, image(2, 4, 8, 4), image(2, 4, 4, 4))[1] == {}

@@ -285,7 +285,7 @@ class Chains:
                 found.append((Link(head, start, start + channels), user))
                 if not head.scales or head.prefix or head.name != str(user.target):
                     break  # the module goes on after it
-            elif total == channels and len(path) == 1 and axis == 1:
+            elif total == channels:
                 offset = _offset(user, node)
                 if offset is None:
                     break
