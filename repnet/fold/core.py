@@ -482,10 +482,9 @@ class Folding:
         frame = self.survey.frames[head.name][0]
         placeholder = self.survey.tensor_argument(frame)
         assert placeholder is not None
-        identity = self.kernels.identity(placeholder)
         if head.prefix:
-            return prefix_of(frame, placeholder, identity, self.kernels)[1]
-        return self.kernels.frame(frame, identity)
+            return prefix_of(placeholder, self.kernels)[1]
+        return self.kernels.frame(frame, self.kernels.identity(placeholder))
 
     def _remove(self, fold: str, links: Sequence[Link], put: Any) -> None:
         for link in links:
@@ -497,8 +496,7 @@ class Folding:
             frame = self.survey.frames[name][0]
             given = self.survey.tensor_argument(frame)
             assert given is not None
-            identity = self.kernels.identity(given)
-            nodes, _ = prefix_of(frame, given, identity, self.kernels)
+            nodes, _ = prefix_of(given, self.kernels)
             put(fold, name, graph_of(module, self.survey, frame, {}, without=nodes))
 
     def _absorbed(

@@ -1,9 +1,16 @@
-"""`Kernels`: the nodes of recorded frames, run on a `ConvKernel` in place of an input."""
+"""`Kernels`: runs the nodes of recorded frames on a `ConvKernel` in the place of their input.
+
+A node is run by calling what it calls: the torch function, or the `forward` of a module, receives
+kernels where the recorded run had tensors, and the algebra of `ConvKernel` returns the next kernel
+or refuses with the reason. So nothing here knows a type of layer, and a subclass that does
+something else than its parent cannot deceive it. A child module is run once, on the identity, and
+its kernel is composed with that of its input wherever it is called.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -14,24 +21,31 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from repnet import convolution
+from repnet import kernel as kernels
 from repnet.convolution import Layer
 from repnet.fold.frame import Frame
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-UPSAMPLING = (
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-)
-CONVOLVING = (
-    functional.linear,
-    functional.conv1d,
-    functional.conv2d,
-    functional.conv3d,
-    *UPSAMPLING,
-)
+TRANSPOSED = convolution.TRANSPOSED[1:]
+UPSAMPLING = kernels.TRANSPOSED[1:]
+CONVOLVING = (functional.linear, *kernels.CONVOLUTIONS[1:], *UPSAMPLING)
+
+
+def argument_of(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call, which may have been given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def steps_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the node, or the steps of the forward that it calls, down to single functions."""
+    child: Frame | None = node.meta.get("frame")
+    if child is None:
+        yield node
+        return
+    for inner in child.graph.nodes:
+        yield from steps_of(inner)
 
 
 class Kernels:
@@ -59,6 +73,17 @@ class Kernels:
         return ConvKernel.identity(
             shape[1], axes=len(shape) - 2, dtype=torch.float64, device=self.device
         )
+
+    def alone(self, node: fx.Node) -> Any:
+        """Return what a node makes of its first argument, whatever comes before it.
+
+        Raises:
+            NotFoldableError: it is no kernel, or it reads something else as well.
+        """
+        given = node.args[0] if node.args else None
+        if not isinstance(given, fx.Node):
+            raise NotAffineError("it takes no tensor")
+        return self.node(node, {given: self.identity(given)})
 
     def frame(self, frame: Frame, kernel: ConvKernel) -> Any:
         """Return what the forward of a frame makes of a kernel.
@@ -102,7 +127,7 @@ class Kernels:
             if node.op == "call_module":
                 return self._module(node, args, kwargs)
             with InFloat64():
-                return _run(node, *self._placed(args, kwargs))
+                return run(node, *self._placed(args, kwargs))
         except NotFoldableError:
             raise
         except Exception as error:  # anything may be called
@@ -152,7 +177,7 @@ class Kernels:
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), self.constant)
                 with torch.no_grad(), InFloat64():
-                    value = _run(node, *self._placed(args, kwargs))
+                    value = run(node, *self._placed(args, kwargs))
             self.constants[node] = value
         return self.constants[node]
 
@@ -168,7 +193,7 @@ class Kernels:
             module = self.modules[str(node.target)]
             return module.weight if isinstance(module, Layer) else None
         if node.op == "call_function" and node.target in CONVOLVING:
-            found = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            found = argument_of(node, 1, "weight")
             if isinstance(found, fx.Node) and found.meta.get("constant"):
                 weight = self.constant(found)
                 return weight if isinstance(weight, Tensor) else None
@@ -176,37 +201,35 @@ class Kernels:
 
     def multiplications(self, node: fx.Node) -> int:
         """Return the multiplications of all convolution and linear layers that a node runs."""
-        child = node.meta.get("frame")
-        weight = self.weight(node)
-        if child is not None:
-            return sum(self.multiplications(n) for n in child.graph.nodes)
+        return sum(self._multiplications(step) for step in steps_of(node))
+
+    def _multiplications(self, step: fx.Node) -> int:
+        weight = self.weight(step)
         if weight is None:
             return 0
-        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        upsamples = isinstance(module, TRANSPOSED) or node.target in UPSAMPLING
-        where = node.all_input_nodes[0] if upsamples else node
-        shape = where.meta.get("shape") or (0,)
-        axis = -1 if isinstance(module, nn.Linear) or node.target is functional.linear else 1
-        return weight.numel() * (torch.Size(shape).numel() // max(1, shape[axis]))
+        if step.op == "call_module":
+            upsamples = isinstance(self.modules[str(step.target)], TRANSPOSED)
+        else:
+            upsamples = step.target in UPSAMPLING
+        values = step.all_input_nodes[0] if upsamples else step  # each meets one row of the weight
+        return weight[0].numel() * values.meta.get("shape", torch.Size([0])).numel()
 
     def convolutions(self, node: fx.Node) -> int:
         """Return how many convolution and linear layers a node runs."""
-        child = node.meta.get("frame")
-        if child is not None:
-            return sum(self.convolutions(n) for n in child.graph.nodes)
-        return int(self.weight(node) is not None)
+        return sum(self.weight(step) is not None for step in steps_of(node))
 
     def norms(self, node: fx.Node) -> int:
         """Return how many batch norms a node runs."""
-        child = node.meta.get("frame")
-        if child is not None:
-            return sum(self.norms(n) for n in child.graph.nodes)
-        if node.op == "call_module":
-            return int(isinstance(self.modules[str(node.target)], _BatchNorm))
-        return int(node.target is functional.batch_norm)
+        return sum(
+            isinstance(self.modules[str(step.target)], _BatchNorm)
+            if step.op == "call_module"
+            else step.target is functional.batch_norm
+            for step in steps_of(node)
+        )
 
 
-def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+def run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Return the result of the function or method that a node calls, on other arguments."""
     if node.meta.get("in_place"):
         args = (_separate(args[0]), *args[1:])
     if node.op == "call_method":

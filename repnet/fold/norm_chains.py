@@ -1,33 +1,39 @@
-"""`find_chains`: norms (and scales) that alone consume a convolution, across modules.
+"""`Chains`: finds norms (and scales) next to a convolution that can take them in.
 
-A convolution keeps its place in the tree, and takes in the channelwise maps behind it; they become
-identities. What stands in between may move values and change none. The two need not be children of
-one module: the `tail` of a module is the layer that computes its output, the `head` the
-channelwise map that alone consumes its input, and both are looked up through any depth. A norm
-behind a concatenation goes in parts into the convolutions in front of it.
+Most networks keep a convolution and its norm in different modules, so the two are looked up through
+any depth: the *tail* of a module is the layer whose output it returns untouched, its *head* is what
+alone consumes its input. One walk per call of a layer, `_followers`, goes from reader to reader for
+as long as there is only one, across whatever moves values and changes none, and notes the heads. A
+norm behind a concatenation goes in parts into the convolutions in front of it. The same walk from a
+norm finds the convolution that it alone feeds. Nothing is replaced but the layer itself and the
+norm, which becomes an identity: every class and every forward stays.
 
-A fold has to hold for every call: each call of the convolution must be followed by the norm, and
-each call of the norm must follow the convolution, in every way that a forward may take.
+A fold must hold for every call, in every way that a forward may take. So the walks only collect
+candidates: a norm goes if it follows the same layer at each call of this layer, and if these calls
+account for all calls of the norm. A norm that fails this stays, and with it the norms behind it,
+which may uncover others; hence the loop in `find`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import wraps
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.convolution import Layer
 from repnet.fold.frame import Frame
-from repnet.fold.kernels import CONVOLVING, Kernels
+from repnet.fold.kernels import CONVOLVING, Kernels, argument_of, run
 from repnet.fold.record import RecordingError
 from repnet.fold.regions import Region
-from repnet.fold.survey import Survey, is_identity, users_of
+from repnet.fold.survey import Survey, users_of
 from repnet.kernel import ConvKernel, NotFoldableError
 
 # What moves values and changes none.
@@ -41,26 +47,43 @@ UNFED = "no convolution before it feeds it alone"
 
 @dataclass(frozen=True)
 class Head:
-    """The channelwise map that a module begins with.
+    """What alone consumes the input of a module: a channelwise map or a layer.
 
     Args:
         name: of the module that holds it.
-        axes: spatial axes of its input.
-        prefix: whether the module goes on after it.
+        prefix: whether that module goes on after it.
+        scales: whether it is a channelwise map; else a convolution or linear layer.
     """
 
     name: str
-    axes: int
     prefix: bool = False
+    scales: bool = True
 
 
 @dataclass(frozen=True)
 class Link:
-    """One follower of a convolution, and which of its channels are those of the convolution."""
+    """A follower of a layer, and which of its channels come from that layer."""
 
     head: Head
     start: int
     stop: int
+
+
+Calls = list[tuple[Link, set[fx.Node]]]  # followers, each with all its calls after one layer
+
+
+def _once(find: Callable[[Chains, str], Any]) -> Callable[[Chains, str], Any]:
+    """Let a method remember what it found for each name: None while it looks for it."""
+
+    @wraps(find)
+    def found(self: Chains, name: str) -> Any:
+        known = self._known[find.__name__]
+        if name not in known:
+            known[name] = None  # of a module that calls itself
+            known[name] = find(self, name)
+        return known[name]
+
+    return found
 
 
 class Chains:
@@ -70,7 +93,7 @@ class Chains:
         survey: of the model.
         kernels: without values.
         whole: names of the modules that become one convolution.
-        regions: what becomes one convolution already.
+        regions: parts of forwards that become one convolution.
     """
 
     def __init__(
@@ -78,83 +101,39 @@ class Chains:
     ) -> None:
         self.survey, self.kernels, self.whole = survey, kernels, set(whole)
         self.taken = {node for region in regions for node in region.nodes}
-        self.rewritten = {region.frame for region in regions}  # what all calls of these do is known
-        self.gone = {str(n.target) for n in self.taken if n.op == "call_module"} | self.whole
+        gone = [*self.whole, *(str(n.target) for n in self.taken if n.op == "call_module")]
+        self.gone = {inner for name in gone for inner in survey.below(name)}
         self.reasons: dict[str, str] = {}  # by name, why a norm stays
-        self._heads: dict[str, Head | None] = {}
-        self._tails: dict[str, str | None] = {}
-        self._leads: dict[str, str | None] = {}
+        self._known: dict[str, dict[str, Any]] = defaultdict(dict)
+        self._after: dict[str, list[list[tuple[Link, fx.Node]]]] = defaultdict(list)
+        self._calls: dict[str, set[fx.Node]] = defaultdict(set)  # by head
+        self._barred: dict[tuple[str, str], str] = {}  # heads and tails with a call not understood
+        rewritten = {region.frame for region in regions}
+        for name, frames in survey.frames.items():
+            if name not in self.gone:
+                for frame in frames[:1] if name in rewritten else frames:
+                    self._collect(frame)
 
     def find(self) -> dict[str, tuple[Link, ...]]:
         """Return the followers of each convolution, by its name."""
-        sequences: dict[str, list[tuple[tuple[Link, fx.Node], ...]]] = defaultdict(list)
-        heads: dict[str, set[fx.Node]] = defaultdict(set)  # calls of each follower
-        barred: dict[str, str] = {}  # layers with a call that is not known
-        for name, frames in self.survey.frames.items():
-            if self._is_gone(name):
-                continue
-            for frame in frames[:1] if name in self.rewritten else frames:
-                try:
-                    paths = self.survey.paths(frame) if self._matters(frame) else []
-                except RecordingError as error:
-                    for node in frame.graph.nodes:
-                        if node.op == "call_module":
-                            for name in self._ends(node):
-                                barred.setdefault(name, str(error))
-                    continue
-                for path in paths:
-                    self._scan(path, sequences, heads, barred)
-        links = {}
-        for tail, found in sequences.items():
-            common = found[0]
-            for other in found[1:]:
-                same = [a[0] == b[0] for a, b in zip(common, other, strict=False)]
-                length = same.index(False) if False in same else len(same)
-                if length < len(common):
-                    self._note(common[length:], f"'{tail}' is also used elsewhere")
-                common = common[:length]
-            links[tail] = tuple(link for link, _ in common)
-        nodes = {
-            (tail, n): {s[n][1] for s in sequences[tail] if len(s) > n}
-            for tail in links
-            for n in range(len(links[tail]))
-        }
+        chains: dict[str, Calls] = {}
+        for tail, sequences in self._after.items():
+            if self.tail(tail) is not None:
+                chains[tail] = [calls for calls in _common(sequences) if calls[0].head.scales]
+                for link, _ in sequences[0][len(chains[tail]) :]:
+                    if link.head.scales:
+                        self.reasons.setdefault(link.head.name, f"'{tail}' is also used elsewhere")
         while True:
-            covered: dict[str, dict[fx.Node, int]] = defaultdict(lambda: defaultdict(int))
-            for tail, own in links.items():
-                for n, link in enumerate(own):
-                    for node in nodes[tail, n]:
-                        covered[link.head.name][node] += link.stop - link.start
+            covered = _covered(chains)
             kept = {}
-            for tail, own in links.items():
-                reason = barred.get(tail, "") or self._refusal(
-                    tail, [link.head.name for link in own]
-                )
-                length = 0 if reason else len(own)
-                for n, link in enumerate(own[:length]):
-                    why = barred.get(link.head.name, "")
-                    calls = covered[link.head.name]
-                    if not why and set(calls) != heads[link.head.name]:
-                        why = f"'{link.head.name}' is also used elsewhere"
-                    if not why and any(calls[c] != _channels(c) for c in calls):
-                        why = UNFED
-                    if why:
-                        length, reason = n, why
-                        break
-                if reason:
-                    for link in own[length:]:
-                        self.reasons.setdefault(link.head.name, reason)
+            for tail, own in chains.items():
+                length, reason = self._check(tail, own, covered)
                 kept[tail] = own[:length]
-            if kept == links:
-                return {tail: own for tail, own in kept.items() if own}
-            links = kept
-
-    def _is_gone(self, name: str) -> bool:
-        """Return whether a module is part of what becomes a convolution."""
-        parts = name.split(".")
-        return "" in self.gone or any(
-            ".".join(parts[:n]) in self.gone for n in range(1, len(parts) + 1)
-        )
+                for link, _ in own[length:]:
+                    self.reasons.setdefault(link.head.name, reason)
+            if kept == chains:
+                return {tail: tuple(link for link, _ in own) for tail, own in kept.items() if own}
+            chains = kept
 
     def fronts(self, absorbed: set[str]) -> dict[str, Head]:
         """Return the norm that alone feeds a convolution, by the name of the convolution.
@@ -165,305 +144,237 @@ class Chains:
         Args:
             absorbed: names of the norms that have gone into a convolution already.
         """
-        pairs: dict[str, set[str | None]] = defaultdict(set)  # convolutions by norm
-        feeds: dict[str, set[str | None]] = defaultdict(set)  # norms by convolution
-        heads: dict[str, Head] = {}
-        for name, frames in self.survey.frames.items():
-            if self._is_gone(name):
-                continue
-            for frame in frames[:1] if name in self.rewritten else frames:
-                fixed = not (self.survey.distrust(frame) or frame.decisions)
-                given = self.survey.tensor_argument(frame)
-                for node in frame.graph.nodes:
-                    if node.op != "call_module" or node in self.taken:
-                        continue
-                    head, lead = self.head(str(node.target)), self.lead(str(node.target))
-                    if lead is not None and not (node.args == (given,) and self.lead(name) == lead):
-                        feeds[lead].add(self._fed_by(node) if fixed else None)
-                    if head is not None and head.name == node.target and not head.prefix:
-                        heads[head.name] = head
-                        users = users_of(node)
-                        alone = len(users) == 1 and not node.meta.get("escaped") and fixed
-                        target = users[0] if alone and users[0].op == "call_module" else None
-                        pairs[head.name].add(
-                            self.lead(str(target.target))
-                            if target is not None and target.args == (node,)
-                            else None
-                        )
         found: dict[str, Head] = {}
-        for norm, leads in pairs.items():
-            (lead,) = leads if len(leads) == 1 else (None,)
-            if lead is None or norm in absorbed or feeds[lead] != {norm}:
+        used = set(absorbed)
+        for norm, sequences in self._after.items():
+            calls = _common(sequences)[:1]
+            layer = calls[0][0].head.name if calls else ""
+            if layer not in self.survey.leaves or used & {norm, layer}:
                 continue
-            if not self._refusal(norm, (lead,)) and self._is_free(norm, lead):
-                found[lead] = heads[norm]
+            if not (self._is_map(norm) and isinstance(self.survey.modules[layer], Layer)):
+                continue
+            if not self._check(norm, calls, _covered({norm: calls}))[0]:
+                continue
+            first, second = (self.survey.leaves[name][0][1] for name in (norm, layer))
+            try:
+                self.kernels.alone(first).then(self.kernels.alone(second))
+            except NotFoldableError:
+                continue
+            found[layer] = Head(norm)
+            used |= {norm, layer}
         return found
 
-    def _fed_by(self, node: fx.Node) -> str | None:
-        given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        called = isinstance(given, fx.Node) and given.op == "call_module"
-        return str(given.target) if called else None  # type: ignore[union-attr]
+    def _check(
+        self, tail: str, own: Calls, covered: Mapping[str, Counter[fx.Node]]
+    ) -> tuple[int, str]:
+        """Return how many followers of a layer are known to follow it, and why no more do.
 
-    def _is_free(self, norm: str, lead: str) -> bool:
-        """Return whether a convolution may take in the norm in front of it."""
-        kernels = []
-        for name in (norm, lead):
-            node = self.survey.leaves[name][0][1] if name in self.survey.leaves else None
-            if node is None or not isinstance(node.args[0], fx.Node):
-                return False
-            try:
-                identity = self.kernels.identity(node.args[0])
-                kernels.append(self.kernels.node(node, {node.args[0]: identity}))
-                if len(kernels) == 2:
-                    kernels[0].then(kernels[1])
-            except NotFoldableError:
-                return False
-        return True
+        Args:
+            tail: the layer.
+            own: its followers.
+            covered: by follower and call, how many channels come from layers before it.
+        """
+        if not own:
+            return 0, ""
+        names = [link.head.name for link, _ in own]
+        if reason := self._barred.get(("tail", tail), "") or self._refusal([tail, *names]):
+            return 0, reason
+        for n, name in enumerate(names):
+            calls = covered[name]
+            if reason := self._barred.get(("head", name), ""):
+                return n, reason
+            if calls.keys() != self._calls[name]:
+                return n, f"'{name}' is also used elsewhere"
+            if any(calls[call] != _channels(call) for call in calls):
+                return n, UNFED
+        return len(own), ""
 
-    def lead(self, name: str) -> str | None:
-        """Return the convolution or linear layer that alone consumes the input of a module."""
-        survey = self.survey
-        if name in survey.leaves:
-            return name if isinstance(survey.modules[name], Layer) else None
-        if name in self._leads:
-            return self._leads[name]
-        self._leads[name] = None
-        if survey.is_uniform(name) and name not in self.gone and name not in survey.hooked:
-            given = survey.tensor_argument(survey.frames[name][0])
-            users = users_of(given) if given is not None else []
-            if len(users) == 1 and users[0].op == "call_module" and users[0].args == (given,):
-                self._leads[name] = self.lead(str(users[0].target))
-        return self._leads[name]
-
-    def _note(self, links: Iterable[tuple[Link, fx.Node]], reason: str) -> None:
-        for link, _ in links:
-            self.reasons.setdefault(link.head.name, reason)
-
-    def _refusal(self, tail: str, others: Sequence[str]) -> str:
+    def _refusal(self, names: Sequence[str]) -> str:
         """Return why code outside could see that these layers are gone."""
-        if not others:
-            return ""
-        names = [tail, *others]
-        hooks = next((n for n in names if n in self.survey.hooked), None)
-        if hooks is not None:
-            return f"'{hooks}' has a forward hook; remove it first"
         if reason := self.survey.entanglement(names):
             return reason
         outside = next((o for n in names if (o := self.survey.callers_outside(n))), "")
         return f"'{outside}' is also used elsewhere" if outside else ""
 
-    def _matters(self, frame: Frame) -> bool:
-        """Return whether a chain may begin or end in the forward of a frame."""
-        nodes = [n for n in frame.graph.nodes if n.op == "call_module"]
-        return any(self._ends(node) for node in nodes)
-
-    def _ends(self, node: fx.Node) -> list[str]:
-        """Return the layers that a call may begin or end with."""
-        name = str(node.target)
-        tail, head = self.tail(name), self.head(name)
-        return [n for n in (tail, head.name if head else None) if n is not None]
-
     # One forward
 
-    def _scan(
-        self,
-        frame: Frame,
-        sequences: dict[str, list[tuple[tuple[Link, fx.Node], ...]]],
-        heads: dict[str, set[fx.Node]],
-        barred: dict[str, str],
-    ) -> None:
-        result = self.survey.output(frame)
-        given = self.survey.tensor_argument(frame)
-        own_tail = self.tail(frame.name)
-        own_head = self.head(frame.name)
-        for node in frame.graph.nodes:
-            if node.op != "call_module" or node in self.taken:
-                continue
-            head = self.head(str(node.target))
-            if head is not None:
-                first = given is not None and node.args == (given,) and own_head == head
-                if not first:
-                    heads[head.name].add(node)
-            tail = self.tail(str(node.target))
-            if tail is None:
-                continue
-            alone = len(users_of(node)) == 1 and own_tail == tail
-            passed_on = alone and node is result and frame.parent
-            if not passed_on:
-                sequences[tail].append(tuple(self._followers(frame, node)))
-        self._bar_undecided(frame, barred)
+    def _collect(self, frame: Frame) -> None:
+        """Note what each call in a forward begins with, and what follows it."""
+        calls = [n for n in frame.graph.nodes if n.op == "call_module"]
+        if not any(self._ends(call) for call in calls):
+            return
+        try:
+            paths = self.survey.paths(frame)
+        except RecordingError as error:
+            for call in calls:
+                self._bar(call, str(error))
+            return
+        for path in paths:
+            given, result = self.survey.tensor_argument(path), self.survey.output(path)
+            calls = [n for n in path.graph.nodes if n.op == "call_module"]
+            for call in calls:
+                if call in self.taken:
+                    continue
+                for kind, name in self._ends(call):
+                    # The first and the last call are those of the caller, if there is one.
+                    if kind == "head":
+                        outer = path.parent and call.args == (given,) and self.head(path.name)
+                        if not outer or outer.name != name:
+                            self._calls[name].add(call)
+                    elif not (path.parent and call is result and self.tail(path.name) == name):
+                        self._after[name].append(self._followers(call))
+            self._bar_undecided(path, calls)
 
-    def _bar_undecided(self, frame: Frame, barred: dict[str, str]) -> None:
+    def _ends(self, call: fx.Node) -> list[tuple[str, str]]:
+        """Return what a call begins with ("head") and what computes its output ("tail")."""
+        name = str(call.target)
+        head, tail = self.head(name), self.tail(name)
+        if tail is None and self._is_map(name):
+            tail = name
+        ends = [] if head is None else [("head", head.name)]
+        return ends if tail is None else [*ends, ("tail", tail)]
+
+    def _bar(self, call: fx.Node, reason: str) -> None:
+        for end in self._ends(call):
+            self._barred.setdefault(end, reason)
+
+    def _bar_undecided(self, frame: Frame, calls: Iterable[fx.Node]) -> None:
         """Bar the layers whose calls may depend on a number that was not followed.
 
-        What was called before it, and has left nothing that can be used after it, does not.
+        What was called before it, and has left nothing that can be used after it, does not. Neither
+        does what was called outside of the function that took the decision.
         """
+        reason = f"{self.survey.whose(frame)} makes a number of a size"
         for decision in frame.decisions:
-            if decision.forced:
-                continue
-            for node in frame.graph.nodes:
-                if node.op != "call_module":
-                    continue
-                time = node.meta["time"]
-                before = time < decision.time and node not in decision.alive
-                after = decision.end is not None and time >= decision.end
-                if not before and not after and decision.end is None:
-                    reason = f"{self.survey.whose(frame)} makes a number of a size"
-                elif decision.end is not None and decision.time <= time < decision.end:
-                    reason = f"{self.survey.whose(frame)} makes a number of a size around it"
-                else:
-                    continue
-                for name in self._ends(node):
-                    barred.setdefault(name, reason)
+            for call in calls if not decision.forced else ():
+                time = call.meta["time"]
+                if decision.end is None:
+                    if time >= decision.time or call in decision.alive:
+                        self._bar(call, reason)
+                elif decision.time <= time < decision.end:
+                    self._bar(call, f"{reason} around it")
 
-    def _followers(self, frame: Frame, begin: fx.Node) -> list[tuple[Link, fx.Node]]:
+    def _reader(self, node: fx.Node) -> fx.Node | None:
+        """Return what alone reads a value, if nobody keeps or changes the value."""
+        users = users_of(node)
+        if len(users) != 1 or users[0] in self.taken:
+            return None
+        return None if node.meta.get("escaped") or node.meta.get("changed") else users[0]
+
+    def _followers(self, begin: fx.Node) -> list[tuple[Link, fx.Node]]:
         """Return what alone consumes the output of a layer, one after the other."""
-        links: list[tuple[Link, fx.Node]] = []
-        channel_axis = -1 if isinstance(self._layer(begin), nn.Linear) else 1
-        if "shape" not in begin.meta or len(begin.meta["shape"]) < 2:
-            return links
-        channels = begin.meta["shape"][channel_axis]
-        node, start, path, total = begin, 0, [begin], channels
-        while not (node.meta.get("escaped") or node.meta.get("changed")):
-            users = users_of(node)
-            if len(users) != 1 or users[0] in self.taken:
-                break
-            (user,) = users
-            if user.op == "call_module":
-                if user.args != (node,) or user.kwargs:
+        shape = begin.meta.get("shape", ())
+        if len(shape) < 2:
+            return []
+        tail = self.tail(str(begin.target))
+        is_linear = tail is not None and isinstance(self.survey.modules[tail], nn.Linear)
+        axis = -1 if is_linear else 1
+        channels = total = shape[axis]
+        start = 0
+        found: list[tuple[Link, fx.Node]] = []
+        node, path = begin, [begin]
+        while (user := self._reader(node)) is not None:
+            if total == channels and _rearranges(user, node):
+                path.append(user)
+            elif _is_call(user, node):
+                head = self.head(str(user.target))
+                if head is None or not (head.scales or node is begin):
                     break
-                if _rearranges(user) and total == channels:
-                    path.append(user)
-                elif not is_identity(user):
-                    head = self.head(str(user.target))
-                    if head is None or not self._keeps_channels(path, channel_axis):
-                        break
-                    links.append((Link(head, start, start + channels), user))
-                    if head.prefix or head.name != str(user.target):
-                        break  # the module goes on after it
-            elif _name(user) in ("cat", "concat", "concatenate"):
-                if len(path) > 1 or channel_axis != 1 or total != channels:
+                if not self._keeps_channels(path, axis):
                     break
+                found.append((Link(head, start, start + channels), user))
+                if not head.scales or head.prefix or head.name != str(user.target):
+                    break  # the module goes on after it
+            elif total == channels:
                 offset = _offset(user, node)
                 if offset is None:
                     break
                 start, total = offset
-            elif not (
-                user.op in ("call_method", "call_function")
-                and _name(user) in REARRANGING
-                and user.args[:1] == (node,)
-                and total == channels
-            ):
-                break
             else:
-                path.append(user)
+                break
             node = user
-        return links
+        return found
 
-    def _layer(self, node: fx.Node) -> nn.Module | None:
-        tail = self.tail(str(node.target))
-        return None if tail is None else self.survey.modules[tail]
-
-    def _keeps_channels(self, path: list[fx.Node], channel_axis: int) -> bool:
+    def _keeps_channels(self, path: Sequence[fx.Node], axis: int) -> bool:
         """Return whether axis 1 at the end is the channel axis of the layer, in every run.
 
-        Judged by labels that are moved like the values, with sizes that hide no movement.
+        Labels are moved like the values, in a run where no other size is 1: what moves an axis of
+        size 1 cannot be seen.
         """
         if len(path) == 1:
-            shape = path[0].meta["shape"]
-            return channel_axis == 1 or len(shape) == 2
-        shape = path[0].meta["shape"]
-        if any(
-            size == 1 for n, size in enumerate(shape) if n != channel_axis % len(shape)
-        ):  # what moves an axis of size 1 cannot be seen
-            return self._seen_elsewhere(path, channel_axis)
-        return _moves_labels(path, channel_axis)
-
-    def _seen_elsewhere(self, path: list[fx.Node], channel_axis: int) -> bool:
-        """Return whether a run with other sizes shows that the channels stay where they are."""
-        names = [(n.op, str(n.target)) for n in path]
-        for frames in self.survey.frames.values():
-            for frame in frames:
-                nodes = list(frame.graph.nodes)
-                for node in nodes:
-                    if (node.op, str(node.target)) != names[0] or node is path[0]:
-                        continue
-                    other = [node]
-                    for _ in names[1:]:
-                        users = users_of(other[-1])
-                        if len(users) != 1:
-                            break
-                        other.append(users[0])
-                    shape = node.meta.get("shape", (1,))
-                    if [(n.op, str(n.target)) for n in other] != names or any(
-                        s == 1 for n, s in enumerate(shape) if n != channel_axis % len(shape)
-                    ):
-                        continue
-                    return _moves_labels(other, channel_axis)
+            return axis == 1 or len(path[0].meta["shape"]) == 2
+        for same in self._runs_of(path):
+            shape = same[0].meta.get("shape", (1,))
+            if all(size > 1 for n, size in enumerate(shape) if n != axis % len(shape)):
+                return _moves_labels(same, axis)
         return False
+
+    def _runs_of(self, path: Sequence[fx.Node]) -> Iterator[Sequence[fx.Node]]:
+        """Yield a path, and where other calls went the same way."""
+        yield path
+        names = [_written(node) for node in path]
+        for frame in chain.from_iterable(self.survey.frames.values()):
+            for node in frame.graph.nodes:
+                if node is path[0] or _written(node) != names[0]:
+                    continue
+                other = [node]
+                while len(other) < len(path) and len(users := users_of(other[-1])) == 1:
+                    other.append(users[0])
+                if [_written(node) for node in other] == names:
+                    yield other
 
     # What a module begins and ends with
 
+    @_once
     def head(self, name: str) -> Head | None:
-        """Return the channelwise map that alone consumes the input of a module."""
-        if name not in self._heads:
-            self._heads[name] = None  # of a module that calls itself
-            self._heads[name] = self._head(name)
-        return self._heads[name]
-
-    def _head(self, name: str) -> Head | None:
+        """Return what alone consumes the input of a module."""
         survey = self.survey
         if name in survey.leaves:
-            for _, node in survey.leaves[name][:1]:
-                if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
-                    return None
-                try:
-                    kernel = self.kernels.node(
-                        node, {node.args[0]: self.kernels.identity(node.args[0])}
-                    )
-                except NotFoldableError as error:
-                    if isinstance(survey.modules[name], _BatchNorm):
-                        self.reasons.setdefault(name, str(error))
-                    return None
-                return Head(name, kernel.axes) if _is_scaling(kernel) else None
-        if not survey.is_uniform(name) or name in self.whole or survey.keeps(name):
+            return self._leaf(name)
+        if not survey.is_uniform(name) or name in self.gone:
             return None
         frame = survey.frames[name][0]
         given = survey.tensor_argument(frame)
-        if given is None:
+        first = None if given is None else self._reader(given)
+        if given is None or first is None:
+            return None
+        if _is_call(first, given):
+            if name in survey.hooked:
+                return None
+            if (found := self.head(str(first.target))) is not None:
+                return found
+        if survey.keeps(name):
             return None
         try:
-            identity = self.kernels.identity(given)
+            _, prefix = prefix_of(given, self.kernels)
         except NotFoldableError:
             return None
-        users = users_of(given)
-        if len(users) != 1 or given.meta.get("changed"):
-            return None
-        (user,) = users
-        if user.op == "call_module" and user.args == (given,) and not user.kwargs:
-            if name in survey.hooked or user in self.taken:
-                return None
-            found = self.head(str(user.target))
-            if found is not None:
-                return found
         try:
-            if _is_scaling(self.kernels.frame(frame, identity)):
-                return Head(name, identity.axes)
+            if _is_scaling(self.kernels.frame(frame, self.kernels.identity(given))):
+                return Head(name)
         except NotFoldableError:
             pass
-        if name in survey.hooked:
-            return None
-        nodes, _ = prefix_of(frame, given, identity, self.kernels)
-        return Head(name, identity.axes, prefix=True) if nodes and frame.rewritable else None
+        can_rewrite = frame.rewritable and name not in survey.hooked
+        return Head(name, prefix=True) if can_rewrite and _is_scaling(prefix) else None
 
+    def _leaf(self, name: str) -> Head | None:
+        module, (_, call) = self.survey.modules[name], self.survey.leaves[name][0]
+        try:
+            scales = _is_scaling(self.kernels.alone(call))
+        except NotFoldableError as error:
+            if isinstance(module, _BatchNorm):
+                self.reasons.setdefault(name, str(error))
+            scales = False
+        return Head(name, scales=scales) if scales or isinstance(module, Layer) else None
+
+    def _is_map(self, name: str) -> bool:
+        """Return whether a module without a forward of its own is a channelwise map."""
+        head = self.head(name)
+        return head is not None and head.scales and name in self.survey.leaves
+
+    @_once
     def tail(self, name: str) -> str | None:
         """Return the layer whose output a module returns, untouched and unseen."""
-        if name not in self._tails:
-            self._tails[name] = None
-            self._tails[name] = self._tail(name)
-        return self._tails[name]
-
-    def _tail(self, name: str) -> str | None:
         survey = self.survey
         if name in self.whole:
             return name
@@ -472,41 +383,38 @@ class Chains:
         if name in survey.hooked:
             return None
         found: set[str | None] = set()
-        for frame in survey.frames.get(name, ()):
-            try:
-                paths = survey.paths(frame)
-            except RecordingError as error:
-                self.reasons.setdefault(name, str(error))
-                return None
-            for path in paths:
-                result = survey.output(path)
-                if (
-                    result is None
-                    or result in self.taken
-                    or len(users_of(result)) != 1
-                    or result.meta.get("escaped")
-                    or result.meta.get("changed")
-                ):
-                    return None
-                if result.op == "call_module":
-                    found.add(self.tail(str(result.target)))
-                else:
-                    own = isinstance(survey.modules[name], Layer) and _is_own(result, name)
-                    found.add(name if own else None)
+        try:
+            for frame in survey.frames.get(name, ()):
+                found |= {self._tail_of(path) for path in survey.paths(frame)}
+        except RecordingError as error:
+            self.reasons.setdefault(name, str(error))
+            return None
         return found.pop() if len(found) == 1 else None
 
+    def _tail_of(self, frame: Frame) -> str | None:
+        result = self.survey.output(frame)
+        if result is None or result in self.taken or self._reader(result) is None:
+            return None
+        if result.op == "call_module":
+            return self.tail(str(result.target))
+        is_own = isinstance(frame.module, Layer) and _is_own(result, frame.name)
+        return frame.name if is_own else None
 
-def prefix_of(
-    frame: Frame, given: fx.Node, kernel: ConvKernel, kernels: Kernels
-) -> tuple[list[fx.Node], ConvKernel]:
-    """Return the nodes that a forward begins with while they scale channels, and their map."""
+
+def prefix_of(given: fx.Node, kernels: Kernels) -> tuple[list[fx.Node], ConvKernel]:
+    """Return the nodes that a forward begins with while they scale channels, and their map.
+
+    Args:
+        given: the input of the forward.
+        kernels: with or without values.
+
+    Raises:
+        NotFoldableError: the input is no feature map.
+    """
     nodes: list[fx.Node] = []
-    node = given
+    node, kernel = given, kernels.identity(given)
     while len(users := users_of(node)) == 1 and users[0].op != "output":
         (user,) = users
-        if user.op == "call_module" and is_identity(user):
-            node = user
-            continue
         try:
             following = kernels.node(user, {node: kernel})
         except NotFoldableError:
@@ -518,28 +426,22 @@ def prefix_of(
     return nodes, kernel
 
 
-def _is_scaling(kernel: Any) -> bool:
-    return isinstance(kernel, ConvKernel) and kernel.is_channelwise and not kernel._is_identity
+def _common(sequences: Sequence[Sequence[tuple[Link, fx.Node]]]) -> Calls:
+    """Return the followers that are the same at every call of a layer."""
+    found: Calls = []
+    for calls in zip(*sequences, strict=False):
+        if len({link for link, _ in calls}) > 1:
+            break
+        found.append((calls[0][0], {node for _, node in calls}))
+    return found
 
 
-def _is_own(node: fx.Node, name: str) -> bool:
-    """Return whether a node convolves with the weight and bias of the module, as they are."""
-    if node.op != "call_function" or node.target not in CONVOLVING:
-        return False
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    prefix = f"{name}." if name else ""
-    return (
-        isinstance(weight, fx.Node)
-        and (weight.op, weight.target) == ("get_attr", f"{prefix}weight")
-        and (
-            bias is None
-            or (
-                isinstance(bias, fx.Node)
-                and (bias.op, bias.target) == ("get_attr", f"{prefix}bias")
-            )
-        )
-    )
+def _covered(chains: Mapping[str, Calls]) -> dict[str, Counter[fx.Node]]:
+    """Return, by follower and call, how many of the channels come from layers before it."""
+    covered: dict[str, Counter[fx.Node]] = defaultdict(Counter)
+    for link, calls in chain.from_iterable(chains.values()):
+        covered[link.head.name].update(dict.fromkeys(calls, link.stop - link.start))
+    return covered
 
 
 def _channels(call: fx.Node) -> int:
@@ -548,22 +450,70 @@ def _channels(call: fx.Node) -> int:
     return int(given.meta["shape"][1])
 
 
+def _is_scaling(kernel: Any) -> bool:
+    return isinstance(kernel, ConvKernel) and kernel.is_channelwise and not kernel._is_identity
+
+
+def _is_call(node: fx.Node, given: fx.Node) -> bool:
+    """Return whether a node calls a module on one tensor and nothing else."""
+    return node.op == "call_module" and node.args == (given,) and not node.kwargs
+
+
+def _is_own(node: fx.Node, name: str) -> bool:
+    """Return whether a node convolves with the weight and bias of the module, as they are."""
+    if node.op != "call_function" or node.target not in CONVOLVING:
+        return False
+
+    def is_attribute(value: Any, key: str) -> bool:
+        path = f"{name}.{key}" if name else key
+        return isinstance(value, fx.Node) and (value.op, value.target) == ("get_attr", path)
+
+    bias = argument_of(node, 2, "bias")
+    return is_attribute(argument_of(node, 1, "weight"), "weight") and (
+        bias is None or is_attribute(bias, "bias")
+    )
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _written(node: fx.Node) -> Any:
+    """Return what a node does, whatever it reads."""
+    return node.op, node.target, repr(map_arg((node.args, node.kwargs), lambda _: None))
+
+
 def _offset(user: fx.Node, node: fx.Node) -> tuple[int, int] | None:
     """Return where the channels of `node` begin in a concatenation, and how many that has."""
-    parts: Any = user.args[0] if user.args else user.kwargs.get("tensors")
-    dim = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
-    shape = user.meta["shape"]
-    if dim not in (1, 1 - len(shape)) or list(parts).count(node) != 1:
+    if user.op == "call_module" or _name(user) not in ("cat", "concat", "concatenate"):
         return None
-    before = parts[: list(parts).index(node)]
+    parts = list(argument_of(user, 0, "tensors"))
+    shape = user.meta["shape"]
+    if argument_of(user, 1, "dim", 0) not in (1, 1 - len(shape)) or parts.count(node) != 1:
+        return None
+    before = parts[: parts.index(node)]
     return sum(part.meta["shape"][1] for part in before), shape[1]
 
 
-def _moves_labels(path: list[fx.Node], channel_axis: int) -> bool:
+def _rearranges(node: fx.Node, given: fx.Node) -> bool:
+    """Return whether a node moves the values of another one and does nothing else."""
+    if node.op in ("call_method", "call_function"):
+        return _name(node) in REARRANGING and node.args[:1] == (given,)
+    frame: Frame | None = node.meta.get("frame")
+    if frame is None or not _is_call(node, given):
+        return False
+    if frame.unclear or frame.decisions or frame.frozen:
+        return False
+    nodes = [n for n in frame.graph.nodes if n.op not in ("placeholder", "output")]
+    moves = [n for n in nodes if "shape" in n.meta and n.target is not getattr]
+    return bool(moves) and all(n.op != "call_module" and _name(n) in REARRANGING for n in moves)
+
+
+def _moves_labels(path: Sequence[fx.Node], axis: int) -> bool:
     shape = path[0].meta["shape"]
     axis_shape = [1] * len(shape)
-    axis_shape[channel_axis] = -1
-    labels = torch.arange(shape[channel_axis]).reshape(axis_shape).expand(shape)
+    axis_shape[axis] = -1
+    labels = torch.arange(shape[axis]).reshape(axis_shape).expand(shape)
     values: dict[fx.Node, Tensor] = {path[0]: labels}
     for before, node in pairwise(path):
         try:
@@ -571,31 +521,14 @@ def _moves_labels(path: list[fx.Node], channel_axis: int) -> bool:
         except Exception:  # sizes from elsewhere
             return False
     moved = values[path[-1]]
-    channels = torch.arange(shape[channel_axis]).reshape(-1, *(1,) * (moved.ndim - 2))
+    channels = torch.arange(shape[axis]).reshape(-1, *(1,) * (moved.ndim - 2))
     return moved.ndim > 1 and moved.shape[1] == len(channels) and bool((moved == channels).all())
 
 
-def _rearranges(call: fx.Node) -> bool:
-    """Return whether a module moves values and does nothing else."""
-    frame: Frame | None = call.meta.get("frame")
-    if frame is None or frame.unclear or frame.decisions or frame.frozen:
-        return False
-    nodes = [n for n in frame.graph.nodes if n.op not in ("placeholder", "output")]
-    moves = [n for n in nodes if "shape" in n.meta and n.target is not getattr]
-    return bool(moves) and all(n.op != "call_module" and _name(n) in REARRANGING for n in moves)
-
-
-def _rearrange(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
+def _rearrange(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor:
+    """Return what a node makes of labels; the sizes that it reads are those of its run."""
     if node.op == "call_module":
-        (labels,) = values.values()
-        inner: dict[fx.Node, Tensor] = {}
-        for n in node.meta["frame"].graph.nodes:
-            if n.op == "placeholder" and "shape" in n.meta:
-                inner[n] = labels
-            elif n.op == "output":
-                return inner[n.args[0]]
-            elif "shape" in n.meta:
-                inner[n] = _rearrange(n, inner)
+        return fx.Interpreter(nn.Module(), graph=node.meta["frame"].graph).run(*values.values())
 
     def value(argument: fx.Node) -> Any:
         if argument in values:
@@ -604,13 +537,4 @@ def _rearrange(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
             return torch.empty(argument.meta["shape"], device="meta")
         return argument.meta["value"]
 
-    args: Any = fx.node.map_arg(node.args, value)
-    kwargs: Any = fx.node.map_arg(node.kwargs, value)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return run(node, *map_arg((node.args, node.kwargs), value))

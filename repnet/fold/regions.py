@@ -1,8 +1,14 @@
-"""`find_regions`: which parts of a recorded graph are one convolution of one value.
+"""`Regions`: finds the parts of a recorded graph that are one convolution of one value.
 
-For every node, its value is followed as a kernel of the nodes before it (its roots), without
-numbers. Then, from the last node to the first, the largest region that is one convolution of a root
-is taken, if nothing else reads what is inside of it and the convolution costs no more than it does.
+One pass over the graph gives every node its kernels: one for each node before it, its *roots*, from
+whose value its own can be computed by a convolution. Then the nodes are taken from the last to the
+first, and for each the furthest root whose convolution costs no more than the nodes in between,
+provided that nothing else reads what is inside. Going backwards makes the regions as large as
+possible. All of this runs on kernels without values, so that trying many roots is cheap; the
+numbers are computed once, when the plan is built.
+
+A layer may be called several times. Its weights disappear from the model only if every call is
+inside a region, and these regions share one new layer only if they are the same, node by node.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from torch.fx.node import map_arg
 
 from repnet.convolution import as_module
 from repnet.fold.frame import Frame
-from repnet.fold.kernels import Kernels
+from repnet.fold.kernels import Kernels, argument_of, steps_of
 from repnet.fold.survey import readers_of
 from repnet.kernel import ConvKernel, NotFoldableError
 
@@ -46,50 +52,41 @@ class Region:
         return self.nodes[-1]
 
     @property
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> str:
         """What two regions share if they are two runs of the same layers."""
-        order = {node: n for n, node in enumerate(self.nodes)}
-        order[self.root] = -1
+        order = {node: f"%{n}" for n, node in enumerate((self.root, *self.nodes))}
 
-        def written(node: fx.Node) -> str:
+        def written(node: fx.Node) -> Any:
             """Return a node with all its arguments, down to the tensors of the model."""
-            arguments = map_arg(
-                (node.args, node.kwargs),
-                lambda i: order[i] if i in order else _Text(written(i)),
-            )
-            return f"{node.op} {node.target}{arguments}"
+            arguments = map_arg((node.args, node.kwargs), lambda i: order.get(i) or written(i))
+            return node.op, str(node.target), arguments
 
-        return tuple(written(node) for node in self.nodes)
+        return repr([written(node) for node in self.nodes])
 
     @property
     def is_linear(self) -> bool:
         """Whether modules follow each other, so that the tree can be edited."""
-        before = self.root
-        for node in self.nodes:
-            if node.op != "call_module" or node.args != (before,) or node.kwargs:
-                return False
-            before = node
-        return True
+        before = (self.root, *self.nodes)
+        return all(
+            node.op == "call_module" and node.args == (given,) and not node.kwargs
+            for given, node in zip(before, self.nodes, strict=False)
+        )
 
 
-class _Text(str):
-    """A string that is printed as it is inside a container."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
+def _upstream(nodes: Iterable[fx.Node], wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return the wanted nodes that others read, and the wanted ones that those read."""
+    found: dict[fx.Node, None] = {}
+    open_nodes = list(nodes)
+    while open_nodes:
+        inputs = [i for i in open_nodes.pop().all_input_nodes if wanted(i) and i not in found]
+        open_nodes += inputs
+        found.update(dict.fromkeys(inputs))
+    return list(found)
 
 
 def sources_of(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """Return the constants that nodes read, and those that these are computed from."""
-    found: dict[fx.Node, None] = {}
-    open_nodes = list(nodes)
-    while open_nodes:
-        inputs = [i for i in open_nodes.pop().all_input_nodes if i.meta.get("constant")]
-        open_nodes += [i for i in inputs if i not in found]
-        found.update(dict.fromkeys(inputs))
-    return list(found)
+    return _upstream(nodes, lambda node: bool(node.meta.get("constant")))
 
 
 def tensors_of(region: Region, kernels: Kernels) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def tensors_of(region: Region, kernels: Kernels) -> dict[str, Any]:
 def growth(
     kernel: ConvKernel, before: torch.Size, after: torch.Size, cost: int, tensors: Iterable[Tensor]
 ) -> str:
-    """Return how much larger one convolution is than what it stands for; "" if it is not.
+    """Return how much larger one convolution is than what it replaces; "" if it is not.
 
     Args:
         kernel: of the convolution.
@@ -176,7 +173,7 @@ class Regions:
     def _complete(self, regions: list[Region]) -> list[Region]:
         """Return the regions whose layers are read by nothing but regions of the same layers."""
         while True:
-            groups: dict[Any, list[Region]] = defaultdict(list)
+            groups: dict[str, list[Region]] = defaultdict(list)
             for region in regions:
                 groups[region.signature].append(region)
             kept = [r for r in regions if self._is_everywhere(r, groups[r.signature])]
@@ -191,18 +188,19 @@ class Regions:
             if node.meta.get("constant") or node.op == "output":
                 continue
             own = found[node] = {}
-            if node.op != "placeholder" and not node.meta.get("changed"):
-                sources = [i for i in node.all_input_nodes if not i.meta.get("constant")]
-                roots = list(found[sources[0]]) if sources else []
-                common = [r for r in roots if all(r in found[i] for i in sources)]
-                for root in common[-MOST_ROOTS:]:
-                    try:
-                        value = self.kernels.node(node, {i: found[i][root] for i in sources})
-                    except NotFoldableError:
-                        continue
-                    if isinstance(value, ConvKernel | tuple):
-                        own[root] = value
-            if "shape" in node.meta and not node.meta.get("changed"):
+            if node.meta.get("changed"):
+                continue
+            sources = [i for i in node.all_input_nodes if not i.meta.get("constant")]
+            roots = found[sources[0]] if sources else {}
+            common = [root for root in roots if all(root in found[i] for i in sources)]
+            for root in common[-MOST_ROOTS:]:
+                try:
+                    value = self.kernels.node(node, {i: found[i][root] for i in sources})
+                except NotFoldableError:
+                    continue
+                if isinstance(value, ConvKernel | tuple):
+                    own[root] = value
+            if "shape" in node.meta:
                 try:
                     own[node] = self.kernels.identity(node)
                 except NotFoldableError:
@@ -211,23 +209,20 @@ class Regions:
 
     def _between(self, root: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
         """Return the nodes that lead from `root` to `end`, in order."""
-        found, open_nodes = set(), [end]
-        while open_nodes:
-            node = open_nodes.pop()
-            if node is not root and node not in found and not node.meta.get("constant"):
-                found.add(node)
-                open_nodes += node.all_input_nodes
+        found = {
+            end,
+            *_upstream([end], lambda node: node is not root and not node.meta.get("constant")),
+        }
         return tuple(node for node in self.graph.nodes if node in found)
 
     def _is_better(self, root: fx.Node, nodes: tuple[fx.Node, ...], kernel: Any) -> bool:
         """Return whether one convolution can and should take the place of nodes."""
         inside, end = set(nodes), nodes[-1]
-        if not isinstance(kernel, ConvKernel) or end.meta.get("constant"):
+        if not isinstance(kernel, ConvKernel):
             return False
         for node in nodes:
-            if node is not end and (
-                node.meta.get("escaped") or any(user not in inside for user in readers_of(node))
-            ):
+            seen = node.meta.get("escaped") or not inside.issuperset(readers_of(node))
+            if seen and node is not end:
                 return False
             if node.meta.get("in_place") and node.args[0] not in inside:
                 return False
@@ -248,9 +243,9 @@ class Regions:
         name = self._name(nodes)
         if self.may_grow(name):
             self.grown[name] = reason
-        else:
-            self.refused.setdefault(name, f"{reason}; grow= allows it")
-        return name in self.grown
+            return True
+        self.refused.setdefault(name, f"{reason}; grow= allows it")
+        return False
 
     def _is_everywhere(self, region: Region, twins: list[Region]) -> bool:
         """Return whether every use of the region's layers is in a region of the same layers."""
@@ -270,12 +265,21 @@ class Regions:
 
     def _name(self, nodes: tuple[fx.Node, ...]) -> str:
         """Return the name of the branch with the largest kernel."""
-        best, area = "", 0
-        for node in nodes:
-            size, name = self._kernel_area(node)
-            if size > area:
-                best, area = name, size
-        return best
+        return self._owner(max(nodes, key=self._kernel_area))
+
+    def _kernel_area(self, node: fx.Node) -> int:
+        """Return the positions of the largest kernel that a node runs."""
+        weights = map(self.kernels.weight, steps_of(node))
+        return max((w.shape[2:].numel() for w in weights if w is not None), default=0)
+
+    def _owner(self, convolution: fx.Node) -> str:
+        """Return the name of the module that a call of a convolution takes its weight from."""
+        if convolution.op == "call_module":
+            return str(convolution.target)
+        weight = argument_of(convolution, 1, "weight")
+        tensors = [n for n in (weight, *sources_of([weight])) if n.op == "get_attr"]
+        owner = str(tensors[0].target).rpartition(".")[0] if tensors else ""
+        return owner or f"{convolution.name}_folded"
 
     def _free(self, name: str, nodes: tuple[fx.Node, ...]) -> str:
         """Return a name for a new layer that nothing outside needs."""
@@ -286,24 +290,7 @@ class Regions:
             and str(node.target).startswith(f"{name}.")
             for node in self.graph.nodes
         )
-        if not name or name == self.frame or needed:
+        if name == self.frame or needed:
             prefix = f"{self.frame}." if self.frame else ""
             return prefix + f"{name[len(prefix) :]}_folded".lstrip("_").replace(".", "_")
         return name
-
-    def _kernel_area(self, node: fx.Node) -> tuple[int, str]:
-        """Return the positions of the largest kernel that a node runs, and its name."""
-        child = node.meta.get("frame")
-        if child is not None:
-            areas = [self._kernel_area(n)[0] for n in child.graph.nodes]
-            return max(areas, default=0), str(node.target)
-        weight = self.kernels.weight(node)
-        if weight is None:
-            return 0, ""
-        area = weight.shape[2:].numel() if weight.ndim > 2 else 1
-        if node.op == "call_module":
-            return area, str(node.target)
-        argument: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-        tensors = [n for n in [argument, *sources_of([argument])] if n.op == "get_attr"]
-        owner = str(tensors[0].target).rpartition(".")[0] if tensors else ""
-        return area, owner or f"{node.name}_folded"

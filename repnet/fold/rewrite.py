@@ -1,4 +1,11 @@
-"""Writing a folded model: copies with other modules in them, and graphs in the place of modules."""
+"""Writes a folded model: copies with other modules in them, and graphs in the place of modules.
+
+Replacing a module is a deep copy whose memo already maps each old module to its new one, so that
+every attribute and container that held the old one holds the new one, and nothing is copied only to
+be thrown away. A forward that adds branches itself cannot be changed by replacing modules: for it,
+its recorded graph is copied, the nodes of each region make way for one call, and the result takes
+the place of this one module under the names that the module had for its parts.
+"""
 
 from __future__ import annotations
 
@@ -69,19 +76,19 @@ def graph_of(
         GraphError: the graph would need something that the module does not hold.
     """
     original = survey.modules[frame.name]
-    inside = {id(m): n for n, m in original.named_modules(remove_duplicate=False)}
-    home = model if _is_alone(model, original, frame) else model.get_submodule(frame.name)
+    is_root = not frame.name or model is original
+    home = model if is_root else model.get_submodule(frame.name)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(frame.graph, copied))
-    _check_targets(frame, survey, inside, copied)
+    _rename_targets(survey, original, copied)
     added: dict[str, nn.Module] = {}
     for region, layer in layers.items():
-        name = _relative(frame.name, region.name)
+        name = region.name.removeprefix(f"{frame.name}.")
+        added[name] = layer
         with graph.inserting_before(copied[region.nodes[0]]):
             call = graph.call_module(name, (copied[region.root],))
         copied[region.end].replace_all_uses_with(call)
-        added[name] = layer
         for node in reversed(region.nodes):
             for idle in [n for n in copied[node].users if not n.users]:
                 graph.erase_node(idle)
@@ -93,24 +100,9 @@ def graph_of(
     if guarded:
         _guard(graph, frame, copied)
     _tidy(graph, home, added)
-    built = fx.GraphModule(_objects(graph, home, added), graph)
-    for node in built.graph.nodes:
-        node.meta.clear()  # sizes of the example
-    for name, child in home.named_children():
-        if name not in {*built._modules, *added} and not guarded:
-            built.add_module(name, child)  # others may read it
-    for part in built.modules():
-        if part is built or type(part) is nn.Module:  # made by fx, to hold what it calls
-            part.training = False
-    alone = [n for n in built.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
-    new: nn.Module = built
-    if without and len(alone) <= 1 and len(_inputs(built.graph)) == 1:  # what follows a norm
-        if not alone:
-            new = identity_like(original)
-        elif _is_call(alone[0]):
-            new = home.get_submodule(str(alone[0].target))
-    if new is built:
-        with_attributes(built, original)
+    new = _only_call(graph, home) if without else None
+    if new is None:
+        new = with_attributes(_built(graph, home, added, complete=not guarded), original)
     if home is model:
         return new
     for parent in list(model.modules()):
@@ -120,64 +112,67 @@ def graph_of(
     return model
 
 
-def _objects(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return the modules and tensors that a graph names."""
-    found: dict[str, Any] = {}
+def _rename_targets(survey: Survey, original: nn.Module, copied: Mapping[fx.Node, fx.Node]) -> None:
+    """Let the copied nodes name modules and tensors as the module itself does."""
+    inside = {id(m): n for n, m in original.named_modules(remove_duplicate=False)}
+    for node, copy in copied.items():
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        owner, key = str(node.target), ""
+        if node.op == "get_attr":
+            owner, _, key = owner.rpartition(".")
+        name = inside.get(id(survey.every_name.get(owner)))
+        if name is None:
+            raise GraphError(f"it uses '{node.target}', which it does not hold")
+        copy.target = f"{name}.{key}".strip(".")
+
+
+def _only_call(graph: fx.Graph, home: nn.Module) -> nn.Module | None:
+    """Return the module whose output a graph returns, if the graph does nothing but call it."""
+    given, *calls, output = graph.nodes
+    if len(calls) != 1 or calls[0].op != "call_module" or output.args != (calls[0],):
+        return None
+    is_plain = calls[0].args == (given,) and not calls[0].kwargs
+    return home.get_submodule(str(calls[0].target)) if is_plain else None
+
+
+def _built(
+    graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module], *, complete: bool
+) -> fx.GraphModule:
+    """Return the module of a graph, in evaluation mode.
+
+    Args:
+        graph: names parts of `home` and `added`.
+        home: the module that the graph replaces.
+        added: the new layers, by the names in the graph.
+        complete: whether it also holds the children of `home` that it does not call.
+    """
+    parts: dict[str, Any] = {}
     for node in graph.nodes:
         target = str(node.target)
         if node.op == "call_module":
-            found[target] = added[target] if target in added else home.get_submodule(target)
+            parts[target] = added[target] if target in added else home.get_submodule(target)
         elif node.op == "get_attr":
             owner, _, key = target.rpartition(".")
-            found[target] = getattr(home.get_submodule(owner), key)
-    return found
-
-
-def _is_alone(model: nn.Module, original: nn.Module, frame: Frame) -> bool:
-    return not frame.name or model is original
-
-
-def _inputs(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder"]
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-
-
-def _relative(outer: str, name: str) -> str:
-    return name[len(outer) + 1 :] if outer and name.startswith(f"{outer}.") else name
-
-
-def _check_targets(
-    frame: Frame, survey: Survey, inside: Mapping[int, str], copied: Mapping[fx.Node, fx.Node]
-) -> None:
-    """Let the copied nodes name modules and tensors as the module itself does."""
-    for node, copy in copied.items():
-        if node.op == "call_module":
-            module = survey.modules[str(node.target)]
-            if id(module) not in inside:
-                raise GraphError(f"it calls '{node.target}', which it does not hold")
-            copy.target = inside[id(module)]
-        elif node.op == "get_attr":
-            owner, _, key = str(node.target).rpartition(".")
-            module = survey.every_name.get(owner)
-            if module is None or id(module) not in inside:
-                raise GraphError(f"it reads '{node.target}', which it does not hold")
-            prefix = inside[id(module)]
-            copy.target = f"{prefix}.{key}" if prefix else key
+            parts[target] = getattr(home.get_submodule(owner), key)
+    built = fx.GraphModule(parts, graph)
+    for node in built.graph.nodes:
+        node.meta.clear()  # sizes of the example
+    for name, child in home.named_children():
+        if complete and name not in {*built._modules, *added}:
+            built.add_module(name, child)  # others may read it
+    for part in built.modules():
+        if part is built or type(part) is nn.Module:  # made by fx, to hold what it calls
+            part.training = False
+    return built
 
 
 def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> None:
     """Remove what nothing reads, and calls that return their argument."""
     for node in reversed(graph.nodes):
         target = str(node.target)
-        idle = (
-            node.op == "call_module"
-            and target not in added
-            and (is_identity(node) or type(home.get_submodule(target)) is nn.Identity)
-            and len(node.args) == 1
-        )
+        idle = node.op == "call_module" and target not in added and len(node.args) == 1
+        idle = idle and (is_identity(node) or type(home.get_submodule(target)) is nn.Identity)
         if idle:
             node.replace_all_uses_with(node.args[0])
         pure = node.op in ("call_function", "call_method") and not (
@@ -190,18 +185,16 @@ def _tidy(graph: fx.Graph, home: nn.Module, added: Mapping[str, nn.Module]) -> N
 def _guard(graph: fx.Graph, frame: Frame, copied: Mapping[fx.Node, fx.Node]) -> None:
     """Let the graph compare what forward decided on with the values of the recorded run."""
     decided = [(d.node, d.value) for d in frame.decisions]
-    for node in frame.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    inputs = [n for n in frame.graph.nodes if n.op == "placeholder"]
+    for node in inputs:
         if node.name in frame.frozen and "value" in node.meta:
             decided.append((node, node.meta["value"]))
         elif "shape" in node.meta:
             kind = (len(node.meta["shape"]), node.meta["dtype"].is_floating_point)
-            with graph.inserting_after(_inputs(graph)[-1]):
+            with graph.inserting_after(copied[inputs[-1]]):
                 graph.call_function(tensor_as_recorded, (copied[node], *kind))
     for node, value in decided:
-        where = _inputs(graph)[-1] if node.op == "placeholder" else copied[node]
-        with graph.inserting_after(where):
+        with graph.inserting_after(copied[inputs[-1] if node in inputs else node]):
             graph.call_function(same_as_recorded, (copied[node], value))
 
 
