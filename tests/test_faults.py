@@ -1190,6 +1190,7 @@ SIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros like": lambda y: torch.cat([y, y.new_zeros(y.shape[0], 1, *y.shape[2:])], 1),
     "quotient": lambda y: y / y.shape[2] ** 0.5,
     "square root": lambda y: y / math.sqrt(y.shape[2]),
+    "hyperbolic tangent": lambda y: y * math.tanh(y.shape[2] / 8),
     "fold": lambda y: functional.fold(
         functional.unfold(y, 3, padding=1), (y.shape[2], y.shape[3]), 3, padding=1
     ),

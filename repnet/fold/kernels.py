@@ -21,16 +21,16 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from repnet import convolution
-from repnet import kernel as kernels
 from repnet.convolution import Layer
 from repnet.fold.frame import Frame
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
 
-TRANSPOSED = convolution.TRANSPOSED[1:]
-UPSAMPLING = kernels.TRANSPOSED[1:]
-CONVOLVING = (functional.linear, *kernels.CONVOLUTIONS[1:], *UPSAMPLING)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+UPSAMPLING = tuple(getattr(functional, f"conv_transpose{axes}d") for axes in (1, 2, 3))
+CONVOLVING = (
+    functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, *UPSAMPLING
+)  # fmt: skip
 
 
 def argument_of(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -84,15 +84,18 @@ class Recorder(TorchFunctionMode):
         self.follow_numbers = follow_numbers
         self.model, self.opaque, self.inlined, self.script = model, opaque, inlined, script
         self.names = {module: name for name, module in model.named_modules()}
-        self.constants: dict[int, str] = {}
+        self.constants: dict[int, str] = {}  # names of tensors by identity
+        self.held: list[Tensor] = []  # these, so that no other tensor gets their identity
         for name, module in model.named_modules():
             prefix = f"{name}." if name else ""
             own = {**module._parameters, **module._buffers, **vars(module)}
             for key, value in own.items():
                 if isinstance(value, Tensor):
+                    self.held.append(value)
                     self.constants.setdefault(id(value), prefix + key)
                 elif isinstance(value, list | tuple | dict) and not key.startswith("_"):
                     for tensor in tensors_in(value):
+                        self.held.append(tensor)
                         self.constants.setdefault(id(tensor), f"{prefix}{key}.?")
         self.watched: list[Any] = []  # functions that took a decision and run on
         self.steered: set[str] = set()  # modules whose attributes another one sets

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 if TYPE_CHECKING:
     from repnet.fold.frame import Frame
 
-_MATH = {n: getattr(math, n) for n in ("sqrt", "log", "log2", "exp", "floor", "ceil")}
+_MATH = {name: value for name, value in vars(math).items() if callable(value)}
 _MISSING = object()
 
 
@@ -66,9 +66,9 @@ def _arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
         if any(not isinstance(v, int | float) for v in values):
             return NotImplemented
         result = function(*(_plain(v) for v in values))
-        if not isinstance(result, int | float):
-            return result
         frame = next(v for v in values if isinstance(v, Tracked)).frame
+        if not isinstance(result, int | float):  # cannot be followed any further
+            return frame.decide(frame.call(function, values), result, forced=False)
         kind = Dim if isinstance(result, int) else Ratio
         return kind(result, frame, frame.call(function, values))
 
