@@ -202,7 +202,7 @@ class Folding:
             raise NotAffineError("it holds no convolution, and norms alone never become one")
         if self.norms == "keep" and not computed and self._is_plain(frame):
             raise NotAffineError("it is a convolution with its norm")
-        kernel = kernels.frame(frame, kernels.identity(given))
+        kernel = kernels.module(name, frame, kernels.identity(given))
         before, after = given.meta["shape"], result.meta["shape"]
         if not isinstance(kernel, ConvKernel) or len(after) != len(before):
             raise NotAffineError("it returns no feature map")

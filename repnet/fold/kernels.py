@@ -63,7 +63,7 @@ class Kernels:
         tensors = chain(model.parameters(), model.buffers())
         self.device = next((t.device for t in tensors), torch.device("cpu"))
         self.constants: dict[fx.Node, Any] = {}
-        self.calls: dict[tuple[Any, int], Any] = {}  # what a module makes of an identity
+        self.calls: dict[tuple[Any, int], Any] = {}  # what `module` returned or raised
 
     def identity(self, node: fx.Node) -> ConvKernel:
         """Return `x -> x` for the tensor of a node, `(batch, channels, ...)`."""
@@ -136,22 +136,36 @@ class Kernels:
     def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], ConvKernel):
             raise NotAffineError("it takes more than one tensor")
-        x, child = args[0], node.meta.get("frame")
-        key = (node.target if child is None else child, x.axes)
+        x = args[0]
+        identity = ConvKernel.identity(
+            x.out_channels, axes=x.axes, dtype=torch.float64, device=x.device
+        )
+        found = self.module(str(node.target), node.meta.get("frame"), identity)
+        if not isinstance(found, ConvKernel) or found.in_channels != x.out_channels:
+            raise NotAffineError("it is no convolution of its input")
+        return x.then(found)
+
+    def module(self, name: str, child: Frame | None, identity: ConvKernel) -> Any:
+        """Return what a module makes of an identity, computed once.
+
+        Args:
+            name: of the module.
+            child: its frame; None if it is called as a whole.
+            identity: of as many channels as it takes.
+
+        Raises:
+            NotFoldableError: it makes no kernel of it.
+        """
+        key = (name if child is None else child, identity.axes)
         if key not in self.calls:
-            identity = ConvKernel.identity(
-                x.out_channels, axes=x.axes, dtype=torch.float64, device=x.device
-            )
             try:
-                self.calls[key] = self._call(str(node.target), child, identity)
+                self.calls[key] = self._call(name, child, identity)
             except NotFoldableError as error:
                 self.calls[key] = error
         found = self.calls[key]
         if isinstance(found, NotFoldableError):
             raise found
-        if not isinstance(found, ConvKernel) or found.in_channels != x.out_channels:
-            raise NotAffineError("it is no convolution of its input")
-        return x.then(found)
+        return found
 
     def _call(self, name: str, child: Frame | None, identity: ConvKernel) -> Any:
         """Return what a module makes of an identity."""
