@@ -59,7 +59,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             print(f"warning: {warning}", file=sys.stderr)
         shape = "x".join(str(side) for side in data.input_shape)
         print(
-            f"{cfg.eval} ({form} form) on {len(data.splits[2]):,} test images of "
+            f"{cfg.eval} ({form} form) on\n{len(data.splits[2]):,} test images of "
             f"{type(data).__name__}, {shape}, {data.num_classes} classes",
             flush=True,
         )
@@ -177,8 +177,9 @@ def _compare(described: dict[str, Any], data: Any) -> list[str]:
 
 
 def _summarize(result: dict[str, Any], directory: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from repnet.terminal import print_table
 
     table = Table(title="Evaluation", title_justify="left", show_header=False)
     table.add_column("")
@@ -187,5 +188,5 @@ def _summarize(result: dict[str, Any], directory: Path) -> None:
     table.add_row("loss", f"{result['test']['loss']:.4f}")
     table.add_row("images", f"{result['samples']:,}")
     table.add_row("parameters", f"{result['parameters']:,}")
-    Console().print(table)
+    print_table(table)
     print(f"eval.json, per_class.csv and pictures: {directory}", flush=True)

@@ -246,17 +246,18 @@ def _show(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) ->
     from rich.console import Console
     from rich.table import Table
 
+    from repnet.terminal import print_table
+
     styles = {"failed": "red", "unfinished": "yellow", "pruned": "dim"}
     table = Table(title=title, title_justify="left")
     shown = [column for column in columns if not column.endswith("_std")]
     for column in shown:
-        table.add_column(
-            column, overflow="fold", justify="right" if column in _MEASURED else "left"
-        )
+        table.add_column(column, no_wrap=True, justify="right" if column in _MEASURED else "left")
     for row in rows:
         cells = [_cell(column, row) for column in shown]
         table.add_row(*cells, style=styles.get(row.get("status", "")))
-    Console(markup=False).print(table)  # a list is no markup: callbacks=[ema]
+    console = Console(markup=False)  # a list is no markup: callbacks=[ema]
+    print_table(table, spare=("wall_seconds", "test_top1"), console=console)
 
 
 def _cell(column: str, row: dict[str, Any]) -> str:

@@ -227,8 +227,9 @@ def _trust(config: dict[str, Any], trust: Sequence[str]) -> dict[str, list[str]]
 
 
 def _summarize(result: dict[str, Any], trust: dict[str, list[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from repnet.terminal import print_table
 
     table = Table(title="Training finished", title_justify="left", show_header=False)
     table.add_column("")
@@ -238,6 +239,6 @@ def _summarize(result: dict[str, Any], trust: dict[str, list[str]]) -> None:
     table.add_row("epochs", str(result["epochs"]))
     table.add_row("training speed", f"{result['images_per_second']:,.0f} images/s")
     table.add_row("wall time", f"{result['wall_seconds']:.1f} s")
-    Console().print(table)
+    print_table(table)
     print("Next, fold it and confirm that its predictions are unchanged:")
     print(command.command_line("deploy", ckpt=result["best_checkpoint"], **trust), flush=True)

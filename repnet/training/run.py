@@ -418,7 +418,8 @@ def _announce(
         f"{count_parameters(model) / 1e6:.3f} M parameters\n"
         f"{type(data).__name__}: {sizes} images to train / validate / test, {shape}, "
         f"{data.num_classes} classes\n"
-        f"{_device(trainer)}, precision {trainer.precision}, writing to {directory}",
+        f"{_device(trainer)}, precision {trainer.precision}\n"
+        f"writing to {directory}",
         *(f"warning: {note}" for note in getattr(data, "notes", ())),
         sep="\n",
         flush=True,
