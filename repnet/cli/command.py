@@ -194,7 +194,7 @@ def output_directory() -> Path:
 
 def remove_if_empty(directory: Path) -> None:
     """Remove the directory that Hydra made for a job that wrote nothing."""
-    if directory.is_dir() and not any(directory.iterdir()):
+    if directory.is_dir() and directory != Path.cwd() and not any(directory.iterdir()):
         directory.rmdir()
 
 

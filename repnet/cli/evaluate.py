@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def prepare(arguments: list[str]) -> list[str]:
     """Return the command line of an evaluation as Hydra takes it.
 
-    It writes to `outputs/eval` unless told otherwise, and values such as `data.root` may change
-    the data set of the checkpoint, which Hydra does not know.
+    The first process writes to `outputs/eval` unless told otherwise. The others, whose clocks may
+    show another second, make no directory. Values such as `data.root` may change the data set of
+    the checkpoint, which Hydra does not know.
     """
     keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     prepared = []
@@ -35,7 +36,8 @@ def prepare(arguments: list[str]) -> list[str]:
         )
         prepared.append(f"++{argument}" if free else argument)
     if "hydra.run.dir" not in keys:
-        prepared.append("hydra.run.dir=outputs/eval/${now:%Y-%m-%d_%H-%M-%S}")
+        directory = "outputs/eval/${now:%Y-%m-%d_%H-%M-%S}" if is_main_process() else "."
+        prepared.append(f"hydra.run.dir={directory}")
     return prepared
 
 
