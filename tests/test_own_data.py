@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +109,23 @@ class Plain(LightningDataModule):
 
     def test_dataloader(self) -> Any:
         return self.loader("test")
+
+
+def test_processes_prepare_data_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    events = []
+
+    class Slow(Plain):
+        def prepare_data(self) -> None:
+            events.append("begin")
+            time.sleep(0.2)
+            events.append("end")
+
+    with ThreadPoolExecutor(2) as pool:  # the lock is one between processes, too
+        list(pool.map(lambda _: as_image_data(Slow()).setup(), range(2)))
+    assert events == ["begin", "end"] * 2
 
 
 def numbers(loader: Any) -> list[list[float]]:
