@@ -130,6 +130,15 @@ def test_a_config_that_is_right_trains(tmp_path: Path, overrides: list[str]) -> 
     assert train(composed(*overrides), tmp_path / "run")["steps"] > 0
 
 
+def test_a_warm_up_may_fill_the_training_and_outlast_a_trial_of_some_batches() -> None:
+    fills = ["trainer.max_epochs=5", "scheduler.warmup_epochs=5"]
+    assert validated(composed(*fills))
+    outlasts = ["trainer.max_epochs=1", "scheduler.warmup_epochs=5"]
+    assert validated(composed(*outlasts, "+trainer.limit_train_batches=2"))
+    with pytest.raises(InputError, match="is longer than the training"):
+        validated(composed(*outlasts, "+trainer.limit_train_batches=0.5"))  # whole epochs
+
+
 def test_several_mistakes_are_told_together() -> None:
     with pytest.raises(InputError) as refused:
         validated(composed("seed=abc", "optimizer.lr=-1", "+x=1"))

@@ -118,6 +118,19 @@ def test_limits_of_what_was_not_asked_for_are_not_in_force() -> None:
     assert (tolerance["measured"], tolerance["passed"]) == (None, None)
 
 
+def test_a_file_that_stopped_early_keeps_no_limit() -> None:
+    report = complete()
+    (file,) = [e for e in report["exports"] if e["format"] == "onnx" and e["precision"] == "int8"]
+    short = {**file, "samples": report["samples"] - 1, "drop": 0.0, "agreement": 1.0}
+    settings = Settings(exports={"onnx": ["int8"]})
+    report["limits"] = limits(report | {"exports": [short]}, settings)
+    for key in ("int8.max_drop", "int8.min_agreement"):
+        assert (of(report, key)["measured"], of(report, key)["passed"]) == (None, None)
+    worse = {**short, "batch_difference": 0.5}
+    report["limits"] = limits(report | {"exports": [worse]}, settings)
+    assert of(report, None, "difference of logits in another batch")["passed"] is False
+
+
 def test_a_refused_fold_leaves_the_limits_behind_it_open() -> None:
     short = {key: complete()[key] for key in ("blocks", "tolerance", "rest_error", "exports")}
     short["blocks"][1]["relative_error"] = 3e-5
@@ -140,6 +153,16 @@ def test_the_page_shows_limits_and_marks_loosened_ones(tmp_path: Path) -> None:
     assert "loosened, usually 1.00%" in body
     assert "at least 98.00%" in body
     assert "at most 1e\N{MINUS SIGN}4" in body
+
+
+def test_the_head_of_the_page_counts_limits_and_loosened_ones() -> None:
+    report = complete()
+    held = [limit["passed"] for limit in report["limits"] if limit["passed"] is not None]
+    facts = {label: (value, note) for label, value, note in verdict(report)["facts"]}
+    assert facts["limits held"] == (f"{sum(held)} of {len(held)}", "1 of them loosened")
+    report["limits"] = limits(report, Settings(exports={"onnx": ["int8"]}))
+    facts = {label: (value, note) for label, value, note in verdict(report)["facts"]}
+    assert facts["limits held"][1] == "none of them loosened"
 
 
 def test_not_a_number_breaks_limits() -> None:
