@@ -181,6 +181,11 @@ class Moving(Plain):
         return batch
 
 
+class Scaling(Plain):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
 class Untested(Plain):
     test_dataloader = LightningDataModule.test_dataloader
 
@@ -197,6 +202,7 @@ def stream() -> Any:
     ("make", "reason"),
     [
         (Moving, "Moving changes batches in on_after_batch_transfer"),
+        (Scaling, "Scaling changes batches in on_before_batch_transfer"),
         (Untested, "Untested has no test_dataloader"),
         (lambda: Plain(val=[1]), "Plain returns list of NoneType from val_dataloader"),
         (lambda: Plain(train=stream()), "returns DataLoader of Stream from train_dataloader"),
