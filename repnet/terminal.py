@@ -92,8 +92,6 @@ def _width_of(table: Table, console: Console) -> int:
 
 def _remove(table: Table, heading: str) -> None:
     table.columns = [column for column in table.columns if _heading(column) != heading]
-    for index, column in enumerate(table.columns):
-        column._index = index
 
 
 def _heading(column: Column) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,16 @@ def test_a_stopped_run_keeps_its_batch_and_no_bad_checkpoint(tmp_path: Path, lag
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 5
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize(("value", "saved"), [(math.inf, True), (math.nan, False)])
+def test_buffers_may_hold_infinity(tmp_path: Path, value: float, saved: bool) -> None:
+    module = poisoned()
+    module.register_buffer("mask", torch.tensor([0.0, value]))
+    callbacks = [StopOnNonFiniteLoss(), LastCheckpoint(tmp_path / "last.ckpt", every_n_steps=1)]
+    with nullcontext() if saved else pytest.raises(NonFiniteLossError, match="'mask' is not"):
+        fit(module, callbacks)
+    assert (tmp_path / "last.ckpt").exists() == saved
 
 
 def test_a_loss_on_its_way_is_looked_at_after_so_many_steps(

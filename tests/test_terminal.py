@@ -191,6 +191,7 @@ def test_columns_that_can_be_spared_go_first(
     TABLES["sweep, many keys"](Path())
     printed = capsys.readouterr().out
     assert "job: 0\n" in printed  # a line for each cell of every column
+    assert printed.count("2 jobs, best first") == 1
     assert "optimizer.weight_decay: 0.0001\n" in printed
     assert "wall_seconds: 1.235e+04\n" in printed or "wall_seconds: 12345.6\n" in printed
 
@@ -201,6 +202,7 @@ def test_a_file_receives_every_column_at_its_width(
     monkeypatch.delenv("COLUMNS", raising=False)
     TABLES["sweep, many keys"](Path())
     printed = capsys.readouterr().out
+    assert printed.count("2 jobs, best first") == 1
     assert "wall_seconds" in printed
     assert re.search(r"mobileone +│ 0.1 +│ 0.0001 +│ \[ema,kernel_decay\] +│", printed)
 
