@@ -201,14 +201,21 @@ def find_valid_checkpoint(directory: str | Path) -> tuple[Path, str]:
     if last not in others:
         problems.append(f"'{last}' does not exist")
     for path in sorted(others, key=lambda path: path != last):
-        try:
-            read_checkpoint(path)
-            _check_sums(path)
-        except InputError as error:
-            problems.append(str(error))
+        if problem := problem_of(path):
+            problems.append(problem)
         else:
             return path, "; ".join(problems)
     raise InputError(f"there is nothing to resume: {'; '.join(problems)}")
+
+
+def problem_of(path: str | Path) -> str:
+    """Return why a checkpoint cannot be read, or ''; every byte is read."""
+    try:
+        read_checkpoint(path)
+        _check_sums(Path(path))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ ROOT = PACKAGE.parent
 ORDER = {
     "errors": set(),
     "files": {"errors"},
+    "terminal": set(),
     "kernel": {"symbolic"},  # lazily: the rules are written in terms of the kernel
     "images": set(),
     "meta_device": set(),
@@ -46,7 +47,7 @@ ORDER = {
     "outline": {"errors", "spec"},
     "kernel_transfer": {"kernel", "symbolic", "equivalence"},
     "block_insertion": {"kernel", "symbolic", "kernel_transfer", "fold", "spec", "blocks"},
-    "weights": {"weights", "models", "spec", "errors", "files"},
+    "weights": {"weights", "models", "spec", "errors", "files", "terminal"},
     "layers": set(),
     "blocks": {"blocks", "layers"},
     "models": {"models", "blocks", "layers", "spec", "errors"},

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from repnet.cli.command import quoted
 from repnet.config import Training, unknown_key, validated
 from repnet.errors import InputError
 from repnet.spec import CONFIGS, choices
@@ -128,6 +130,22 @@ def test_a_config_that_is_wrong_is_one_message_and_leaves_nothing(
 )
 def test_a_config_that_is_right_trains(tmp_path: Path, overrides: list[str]) -> None:
     assert train(composed(*overrides), tmp_path / "run")["steps"] > 0
+
+
+@pytest.mark.parametrize("text", ["plain", "a b", "it's", r"C:\new\1", r"\'", "a,b", "[x]", "ü"])
+def test_what_a_command_prints_is_read_as_it_was(text: str) -> None:
+    for value in (text, [text, "y"]):
+        override = OverridesParser.create().parse_override(f"key={quoted(value)}")
+        assert override.value() == value
+
+
+def test_a_warm_up_may_fill_the_training_and_outlast_a_trial_of_some_batches() -> None:
+    fills = ["trainer.max_epochs=5", "scheduler.warmup_epochs=5"]
+    assert validated(composed(*fills))
+    outlasts = ["trainer.max_epochs=1", "scheduler.warmup_epochs=5"]
+    assert validated(composed(*outlasts, "+trainer.limit_train_batches=2"))
+    with pytest.raises(InputError, match="is longer than the training"):
+        validated(composed(*outlasts, "+trainer.limit_train_batches=0.5"))  # whole epochs
 
 
 def test_several_mistakes_are_told_together() -> None:

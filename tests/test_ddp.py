@@ -91,8 +91,11 @@ def test_the_documented_torchrun_command_trains_like_one(workplace: Path) -> Non
     written = {path.name for path in (workplace / "nodes").rglob("*") if path.is_file()}
     assert {"config.yaml", "result.json", "curves.png", "best.ckpt", "confusion.png"} <= written
     run_on_two_nodes(workplace, launch, "eval=nodes", "trust=[mine]", "trainer.accelerator=cpu",
-                     "hydra.run.dir=evaluated")  # fmt: skip
-    evaluated = json.loads((workplace / "evaluated" / "eval.json").read_text())
+                     "logger=csv")  # fmt: skip
+    (directory,) = (workplace / "outputs" / "eval").iterdir()  # of the first process
+    written = {path.name for path in directory.iterdir()}
+    assert {"eval.json", "per_class.csv", "confusion.png", "csv"} <= written
+    evaluated = json.loads((directory / "eval.json").read_text())
     expected = json.loads((workplace / "one" / "result.json").read_text())
     assert evaluated["test"] == pytest.approx(expected["test"], rel=1e-5)
 
@@ -147,9 +150,11 @@ def run_on_two_nodes(workplace: Path, launch: list[str], *arguments: str) -> Non
                 text=True,
             )
         )  # fmt: skip
-    for process in processes:
-        output, _ = process.communicate(timeout=200)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
+    assert "top-1" in outputs[0]
+    assert "top-1" not in outputs[1]
     assert Path(f"{lists}0").read_text()
     assert Path(f"{lists}1").read_text() == ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from repnet import reparameterize, save_deployed
 from repnet.checkpoint import describe, save_checkpoint
+from repnet.cli.command import FULL_ERROR
 from repnet.cli.evaluate import prepare
 from repnet.cli.train import main
 from repnet.data import FakeImages
@@ -62,10 +64,13 @@ def call(monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str) -> i
     monkeypatch.chdir(directory)
     command = ["train.py", *arguments, "trainer=cpu"]
     monkeypatch.setattr(sys, "argv", command)
+    before = os.environ.get(FULL_ERROR)
     try:
         main()
     except SystemExit as error:
         return int(error.code or 0)
+    finally:  # or later tests, and processes that they start, would print tracebacks
+        assert os.environ.get(FULL_ERROR) == before, f"the command left {FULL_ERROR} behind"
     return 0
 
 
@@ -166,6 +171,13 @@ def test_the_command_line_is_prepared_for_hydra() -> None:
         "++eval=run", "++data.root=d", "trainer=cpu", now]  # fmt: skip
     given = ["+eval=run", "data=mnist", "data.root=d", "hydra.run.dir=out"]
     assert prepare(given) == given
+
+
+def test_other_processes_make_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert prepare(["eval=run"]) == ["++eval=run", "hydra.run.dir=."]
+    assert call(monkeypatch, tmp_path, "eval=nothing") == 2
+    assert not list(tmp_path.iterdir())  # and the working directory is still there
 
 
 class Quadratic(LightningModule):

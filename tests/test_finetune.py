@@ -23,7 +23,7 @@ from repnet.data import FakeImages
 from repnet.errors import InputError
 from repnet.spec import CONFIGS
 from repnet.training import Classifier
-from repnet.training.freezing import freeze
+from repnet.training.freezing import freeze, refuse_frozen_noise
 from repnet.training.pretrained import load_pretrained
 from repnet.training.run import _build_callbacks, train
 from repnet.weights import convert_weights
@@ -124,6 +124,17 @@ def test_globs_choose_what_is_frozen(patterns: list[str], expected: list[str]) -
     assert freeze(model, patterns) == expected
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad != any(name.startswith(f"{part}.") for part in expected)
+
+
+def test_a_model_of_ones_own_may_bring_the_weights_that_are_frozen() -> None:
+    config = {"pretrained": None, "callbacks": {}, "freeze": ["stem"],
+              "model": {"_target_": "torchvision.models.resnet18"}}  # fmt: skip
+    refuse_frozen_noise(config)
+    with pytest.raises(InputError, match=r"freeze=\['stem'\] holds random weights"):
+        refuse_frozen_noise(config | {"model": MODEL_OF_REPNET})
+
+
+MODEL_OF_REPNET = {"_target_": "repnet.models.RepVGG"}
 
 
 def test_globs_that_make_no_sense_are_refused() -> None:

@@ -339,20 +339,16 @@ def test_a_train_form_that_its_layers_hide_is_not_built(artefact: Path) -> None:
 
 def test_an_outline_counts_the_modules_of_its_own_thread() -> None:
     spec = {**RepVGG, "depths": [1, 1, 1, 1]}
-    stop = threading.Event()
 
-    def build_others() -> None:
-        while not stop.is_set():
-            nn.Sequential(*(nn.Identity() for _ in range(20_000)))
-
-    other = threading.Thread(target=build_others)
-    other.start()
-    try:
-        for _ in range(20):
-            outline(spec, allowed=MODEL_PACKAGES, tensors=10, elements=10**6)
-    finally:
-        stop.set()
+    def build_others(model: nn.Module) -> nn.Module:
+        """Build a giant in another thread while the outline of `model` is not finished."""
+        many = lambda: nn.Sequential(*(nn.Identity() for _ in range(20_000)))
+        other = threading.Thread(target=many)
+        other.start()
         other.join()
+        return model
+
+    outline(spec, allowed=MODEL_PACKAGES, tensors=10, elements=10**6, change=build_others)
     assert not any(p.is_meta for p in repnet.create_model("repvgg_tiny").parameters())
 
 

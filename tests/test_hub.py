@@ -338,6 +338,24 @@ def test_to_the_hub_and_back(artefact: Path, tmp_path: Path, fake: type[FakeApi]
     assert len(fake.calls) == before  # nothing was made on the Hub
 
 
+@pytest.mark.parametrize("name", ["../secret", "inside/../../secret", "/TMP/secret"])
+def test_a_file_outside_of_the_artefact_is_not_taken(
+    artefact: Path, tmp_path: Path, fake: type[FakeApi], name: str
+) -> None:
+    name = name.replace("/TMP", str(tmp_path))
+    (tmp_path / "secret").write_text("mine")
+    shutil.copytree(artefact, fake.root / "somebody" / "shapes")
+    lies = fake.root / "somebody" / "shapes"
+    rewrite(lies, "model.json", lambda model: model["hashes"].update({name: "0" * 64}))
+    for source in ("somebody/shapes", lies):  # the Hub, whose files are links, and a folder
+        with pytest.raises(InputError, match=r"lists '.*secret', outside of the artefact"):
+            pull(source, tmp_path / "pulled")
+    with pytest.raises(InputError, match=r"outside of the artefact"):
+        from_hub(lies)
+    assert (tmp_path / "secret").read_text() == "mine"
+    assert not (tmp_path / "pulled").exists()
+
+
 def test_the_calls_are_those_of_the_real_package(artefact: Path, fake: type[FakeApi]) -> None:
     import inspect
 

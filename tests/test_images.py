@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from repnet.images import resize
+from repnet.images import open_rgb, resize
 
 SIZES = [(17, 23), (64, 64), (97, 300), (300, 97), (211, 8), (9, 40)]
 
@@ -29,9 +32,23 @@ def test_resizing_is_that_of_torchvision(size: tuple[int, int], wanted: tuple[in
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("crop", [(32, 32), (31, 40), (50, 33), (5, 6)], ids=str)
+@pytest.mark.parametrize("crop", [(32, 32), (31, 40), (50, 33), (5, 6), (37, 44)], ids=str)
 def test_only_the_center_is_computed(size: tuple[int, int], crop: tuple[int, int]) -> None:
     pixels = noise(1, *size)
     expected = functional.resize(torch.from_numpy(pixels), [36, 41], antialias=True)
     found = resize(pixels, 36, 41, crop=crop)
     assert np.array_equal(found, functional.center_crop(expected, list(crop)))
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [((800, 800), (100, 100)), ((400, 200), (100, 50)), ((800, 199), (800, 199))],
+    ids=str,
+)
+def test_a_jpeg_is_decoded_at_the_size_that_its_shorter_side_needs(
+    size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", size, (90, 60, 30)).save(file, "JPEG")
+    assert open_rgb(file.getvalue(), decode_at=50).size == decoded
+    assert open_rgb(file.getvalue()).size == size

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch.testing import assert_close
 
 import repnet
 from repnet.errors import InputError
 from repnet.predict import Predictor
 from tests.artefacts import COLORS, rewrite, write_artefact
-from tests.commands import environment
+from tests.commands import ROOT, environment
 
 FILES = ["model.onnx", "model.xml"]
 TRAINING = ["pytorch_lightning", "lightning", "hydra", "omegaconf", "sklearn", "matplotlib",
@@ -119,3 +125,49 @@ def test_an_artefact_without_names_has_none(artefact: Path, tmp_path: Path) -> N
     rewrite(tmp_path / "deploy", "model.json", lambda model: model.pop("data"))
     for file in ("", *FILES):
         assert repnet.load_deployed(tmp_path / "deploy" / file).class_names is None
+
+
+def image_modules() -> list[str]:
+    """Return the installed top-level modules that the server's image lacks."""
+    text = (ROOT / "examples" / "serve" / "Dockerfile").read_text()
+    (command,) = re.findall(r"pip install --no-cache-dir -c constraints.txt ([^&]+)&&", text)
+    wanted = re.findall(r"[\w-]+", command.replace("$RUNTIME", "onnxruntime"))
+    installed: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        if canonicalize_name(name) not in installed:
+            installed.add(canonicalize_name(name))
+            needs = map(Requirement, requires(name) or [])
+            wanted += [r.name for r in needs if r.marker is None or r.marker.evaluate()]
+    return [
+        module
+        for module, owners in packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & {*installed, "repnet"}
+    ]
+
+
+def test_the_image_of_the_server_has_all_that_its_command_imports(artefact: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    text = (ROOT / "examples" / "serve" / "Dockerfile").read_text()
+    entry = json.loads(re.findall("^ENTRYPOINT (.+)", text, re.M)[0])
+    (shown,) = json.loads(re.findall("^CMD (.+)", text, re.M)[0])
+    (probe,) = re.findall(r"^HEALTHCHECK CMD .*http://localhost:8000(/\w+)", text, re.M)
+    assert entry[0] == "repnet"
+    absent = image_modules()
+    assert {"torch", "hydra", "rich", "matplotlib"} <= set(absent)
+    main = "from repnet.__main__ import main\nsys.argv[0:3] = ['repnet']\nmain()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM.partition("import io")[0] + main, "",
+         " ".join(absent), *entry[1:], shown.replace("/model", str(artefact), 1), "--port", "0"],
+        env=environment(), cwd=artefact, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    try:
+        assert line.startswith(f"serving {artefact}/model.onnx at http://0.0.0.0:"), line
+        with urlopen(f"http://localhost:{line.rpartition(':')[2].strip()}{probe}") as answer:
+            assert answer.status == 200
+    finally:
+        process.terminate()
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from repnet.cli.deploy import _summarize
 from repnet.deploy.evaluation import evaluate
-from repnet.deploy.gate import Comparison, Gate
+from repnet.deploy.gate import Comparison, Gate, VerificationError
 from repnet.deploy.latency import Latency, busy, measure_latency, unlike
 from repnet.deploy.limits import Limit, limits
 from repnet.deploy.report import claims, write_html
@@ -118,6 +119,19 @@ def test_limits_of_what_was_not_asked_for_are_not_in_force() -> None:
     assert (tolerance["measured"], tolerance["passed"]) == (None, None)
 
 
+def test_a_file_that_stopped_early_keeps_no_limit() -> None:
+    report = complete()
+    (file,) = [e for e in report["exports"] if e["format"] == "onnx" and e["precision"] == "int8"]
+    short = {**file, "samples": report["samples"] - 1, "drop": 0.0, "agreement": 1.0}
+    settings = Settings(exports={"onnx": ["int8"]})
+    report["limits"] = limits(report | {"exports": [short]}, settings)
+    for key in ("int8.max_drop", "int8.min_agreement"):
+        assert (of(report, key)["measured"], of(report, key)["passed"]) == (None, None)
+    worse = {**short, "batch_difference": 0.5}
+    report["limits"] = limits(report | {"exports": [worse]}, settings)
+    assert of(report, None, "difference of logits in another batch")["passed"] is False
+
+
 def test_a_refused_fold_leaves_the_limits_behind_it_open() -> None:
     short = {key: complete()[key] for key in ("blocks", "tolerance", "rest_error", "exports")}
     short["blocks"][1]["relative_error"] = 3e-5
@@ -140,6 +154,41 @@ def test_the_page_shows_limits_and_marks_loosened_ones(tmp_path: Path) -> None:
     assert "loosened, usually 1.00%" in body
     assert "at least 98.00%" in body
     assert "at most 1e\N{MINUS SIGN}4" in body
+
+
+def test_a_prediction_may_change_between_classes_within_twice_the_tolerance() -> None:
+    gate = Gate(0.01, 0, 1)
+    before = torch.tensor([[1.0, 0.98], [1.0, 0.97]])
+    after = before.flip(1)  # by 0.02 and 0.03, of a largest logit of 1
+    comparison = Comparison(gate, scale=1.0)
+    comparison.add(after, before, torch.zeros(2, dtype=torch.int64))
+    assert (comparison.agreeing, comparison.ties, comparison.correct) == (0, 1, 0)
+    assert comparison.refusal(2, 1.0) == "1 of 2 predictions changed"
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "difference", "passes"),
+    [(1e-3, 1e-4, True), (1e-3, 1e-2, False), (math.inf, 0.05, True), (math.inf, 0.2, False)],
+)
+def test_another_batch_changes_logits_by_the_tolerance_or_a_tenth(
+    tolerance: float, difference: float, passes: bool
+) -> None:
+    comparison = Comparison(Gate(tolerance, 0, 1), scale=2.0)
+    logits = torch.tensor([2.0, 1.0])
+    again = logits + torch.tensor([2 * difference, 0])
+    with nullcontext() if passes else pytest.raises(VerificationError, match="it comes alone"):
+        comparison.add_other_batch(again, logits, "alone")
+    assert comparison.other_batch == pytest.approx(difference, rel=1e-3)
+
+
+def test_the_head_of_the_page_counts_limits_and_loosened_ones() -> None:
+    report = complete()
+    held = [limit["passed"] for limit in report["limits"] if limit["passed"] is not None]
+    facts = {label: (value, note) for label, value, note in verdict(report)["facts"]}
+    assert facts["limits held"] == (f"{sum(held)} of {len(held)}", "1 of them loosened")
+    report["limits"] = limits(report, Settings(exports={"onnx": ["int8"]}))
+    facts = {label: (value, note) for label, value, note in verdict(report)["facts"]}
+    assert facts["limits held"][1] == "none of them loosened"
 
 
 def test_not_a_number_breaks_limits() -> None:

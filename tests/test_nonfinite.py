@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,43 @@ def test_a_stopped_run_keeps_its_batch_and_no_bad_checkpoint(tmp_path: Path, lag
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 5
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize(("value", "saved"), [(math.inf, True), (math.nan, False)])
+def test_buffers_may_hold_infinity(tmp_path: Path, value: float, saved: bool) -> None:
+    module = poisoned()
+    module.register_buffer("mask", torch.tensor([0.0, value]))
+    callbacks = [StopOnNonFiniteLoss(), LastCheckpoint(tmp_path / "last.ckpt", every_n_steps=1)]
+    with nullcontext() if saved else pytest.raises(NonFiniteLossError, match="'mask' is not"):
+        fit(module, callbacks)
+    assert (tmp_path / "last.ckpt").exists() == saved
+
+
+def test_a_loss_on_its_way_is_looked_at_after_so_many_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("repnet.callbacks.nonfinite._Step.has_arrived", lambda step: False)
+    module = poisoned(2)
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 3 "):
+        fit(module, [StopOnNonFiniteLoss(lag=2)])
+    assert module.count == 2 + 2
+
+
+def test_the_first_bad_batch_of_a_step_is_kept(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(Poisoned):
+        def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+            super().on_train_batch_start(batch, batch_index)
+            seen.append(batch[0])
+
+    module = poisoned(4, 5)
+    module.__class__ = Watched
+    skip = SkipNonFiniteSteps(path=tmp_path / "nan_batch.pt")
+    fit(module, [skip], accumulate_grad_batches=2)
+    images, _ = torch.load(tmp_path / "nan_batch.pt", weights_only=True)["batch"]
+    torch.testing.assert_close(images, seen[4], equal_nan=True, rtol=0, atol=0)
+    assert skip.state_dict() == {"skipped": 1, "in_a_row": 0}
 
 
 def layered(*bad: int, mode: str) -> Poisoned:

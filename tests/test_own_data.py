@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +111,23 @@ class Plain(LightningDataModule):
         return self.loader("test")
 
 
+def test_processes_prepare_data_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    events = []
+
+    class Slow(Plain):
+        def prepare_data(self) -> None:
+            events.append("begin")
+            time.sleep(0.2)
+            events.append("end")
+
+    with ThreadPoolExecutor(2) as pool:  # the lock is one between processes, too
+        list(pool.map(lambda _: as_image_data(Slow()).setup(), range(2)))
+    assert events == ["begin", "end"] * 2
+
+
 def numbers(loader: Any) -> list[list[float]]:
     return [images[:, 0, 0, 0].tolist() for images, _ in loader]
 
@@ -162,6 +181,11 @@ class Moving(Plain):
         return batch
 
 
+class Scaling(Plain):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
 class Untested(Plain):
     test_dataloader = LightningDataModule.test_dataloader
 
@@ -178,6 +202,7 @@ def stream() -> Any:
     ("make", "reason"),
     [
         (Moving, "Moving changes batches in on_after_batch_transfer"),
+        (Scaling, "Scaling changes batches in on_before_batch_transfer"),
         (Untested, "Untested has no test_dataloader"),
         (lambda: Plain(val=[1]), "Plain returns list of NoneType from val_dataloader"),
         (lambda: Plain(train=stream()), "returns DataLoader of Stream from train_dataloader"),

@@ -131,6 +131,26 @@ def test_lists_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "[/ema,prune]" in shown
 
 
+@pytest.mark.parametrize(
+    "contents", [b"", b"[]", b"\xff", b'{"val": {}, "test": {}}', b'{"overrides": ["seed=3"]}']
+)
+def test_a_trial_whose_files_are_damaged_counts_as_unfinished(
+    tmp_path: Path, contents: bytes
+) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / trials.RECORD).write_text('{"overrides": ["seed=3"]}')
+    (tmp_path / "3" / "result.json").write_bytes(contents)
+    (tmp_path / "3" / "metrics.csv").write_bytes(b"\xff")
+    (row,) = sweep.collect(tmp_path)
+    assert row["seed"] == "3"
+    assert row["error"] == "was killed or cut off after 0 epochs"
+    (tmp_path / "3" / trials.RECORD).write_bytes(contents)
+    (row,) = sweep.collect(tmp_path)
+    assert row["status"] == "unfinished"
+    with trials.claim(tmp_path, tmp_path / "3", ["seed=4"]) as directory:
+        assert directory != tmp_path / "3"
+
+
 def test_a_killed_trial_is_in_the_table_and_resumes(tmp_path: Path) -> None:
     options = [*SMALL, "seed=0,1", "trainer.max_epochs=15"]
     process = subprocess.Popen(
@@ -257,6 +277,9 @@ def test_a_trial_below_the_median_is_stopped(tmp_path: Path) -> None:
     assert epochs_of(tmp_path, "5", [0.0, 0.6, 0.8, 0.0]) == 4
     assert not (tmp_path / "5" / "pruned.json").exists()
     assert epochs_of(tmp_path, "6", bad, mode="min") == 4
+    (tmp_path / "1" / "metrics.csv").write_text("epoch\n2")  # damaged: it does not count
+    (tmp_path / "2" / "metrics.csv").unlink()
+    assert epochs_of(tmp_path, "8", bad, min_trials=7) == 4
     with pytest.raises(InputError, match="nothing is logged as 'val/typo'"):
         epochs_of(tmp_path, "7", bad, monitor="val/typo")
 

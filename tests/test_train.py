@@ -355,6 +355,60 @@ def test_a_refused_resume_writes_nothing(copied: Path, override: str, reason: st
     assert files(copied) == before
 
 
+HEADER = "epoch,step,learning_rate,val/loss,images_per_second,seconds"
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "reason"),
+    [
+        ("result.json", b"", "Expecting value"),
+        ("result.json", b'{"overrides": ["model=', "Unterminated string"),
+        ("result.json", b"\xff\xfe", "can't decode"),
+        ("result.json", b"[]", "its overrides are no list of texts"),
+        ("result.json", b'{"overrides": 3}', "its overrides are no list of texts"),
+        ("result.json", b'{"overrides": [], "wall_seconds": "long"}', "wall_seconds='long' is no"),
+        ("metrics.csv", b"", "it has no column epoch"),
+        ("metrics.csv", b"epoch,step\n0,1\n", "it has no column learning_rate"),
+        ("metrics.csv", f"{HEADER}\n0,40,0.1,".encode(), "line 2 has no number in 'images_per_s"),
+        ("metrics.csv", f"{HEADER}\n0,40,0.1,,1,1,5\n".encode(), "line 2 has no number in 'None'"),
+        ("metrics.csv", f"{HEADER}\n0.5,40,0.1,,1,1\n".encode(), "line 2 has no number in 'epoch'"),
+        ("metrics.csv", f"{HEADER}\n0,40,0.1,x,1,1\n".encode(), "line 2 has no number in 'val/lo"),
+        ("metrics.csv", b"\xff\xfe", "can't decode"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_line(
+    copied: Path, name: str, contents: bytes, reason: str
+) -> None:
+    (copied / name).write_bytes(contents)
+    before = files(copied)
+    refused = run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=ROOT, code=2)
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: '{copied / name}' is damaged: ")
+    assert reason in line
+    assert line.endswith(". Move the file away to continue the run without it")
+    assert files(copied) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "changed"])
+def test_without_its_best_checkpoint_a_run_looks_for_a_new_one(copied: Path, damage: str) -> None:
+    best = copied / "checkpoints" / "best.ckpt"
+    contents = bytearray(best.read_bytes())
+    best.unlink()
+    if damage == "cut off":
+        best.write_bytes(contents[:5000])
+    elif damage == "changed":
+        contents[len(contents) // 2] ^= 1
+        best.write_bytes(contents)
+    for name in ("result.json", "metrics.csv"):  # nor is any of these needed
+        (copied / name).unlink()
+    done = run("train.py", f"resume={copied}", "trainer.max_epochs=3", cwd=ROOT)
+    assert "the best epoch is chosen among those that follow: " in done.stdout
+    assert torch.load(best, weights_only=True)["epoch"] == 2
+    result = json.loads((copied / "result.json").read_text())
+    assert result["best_checkpoint"] == str(best)
+    assert result["val"]["top1"] is not None
+
+
 def test_of_two_resumes_the_second_is_refused(copied: Path) -> None:
     before = files(copied)
     with _only_one(copied):

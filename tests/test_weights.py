@@ -294,6 +294,19 @@ def test_an_inner_layer_is_not_fitted() -> None:
         load_weights(model, other.state_dict(), adapt_input=True)
 
 
+@pytest.mark.parametrize("groups", [(1, 2), (2, 1)])
+def test_a_layer_of_other_groups_is_not_fitted(groups: tuple[int, int]) -> None:
+    file, model = (nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3, groups=g)) for g in groups)
+    with pytest.raises(InputError, match=r"'1\.weight' is \(4, "):
+        load_weights(model, file.state_dict(), adapt_input=True)
+
+
+def test_a_grouped_stem_is_not_fitted() -> None:
+    file, model = (nn.Sequential(nn.Conv2d(4, 8, 3, groups=g)) for g in (1, 2))
+    with pytest.raises(InputError, match=r"'0\.weight' is \(8, 4, "):
+        load_weights(model, file.state_dict(), adapt_input=True)
+
+
 # Blocks of ACNet and Diverse Branch Block, inside any network.
 
 

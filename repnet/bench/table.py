@@ -21,6 +21,7 @@ from repnet.bench.measure import TIMED, Row
 from repnet.deploy.latency import busy
 from repnet.errors import InputError
 from repnet.files import write_json, write_text
+from repnet.terminal import print_table
 
 FORMAT = "repnet-bench"
 VERSION = 1
@@ -66,21 +67,14 @@ def print_tables(results: Sequence[Result], console: Console | None = None) -> N
 def _print_table(rows: Sequence[Row], console: Console) -> None:
     columns = _columns(rows)
     fastest = min(rows, key=lambda row: row.median_ms or 0)
-    while True:
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in columns:
-            justify: Any = "left" if name == "form" else "right"
-            table.add_column(name, justify=justify, no_wrap=True)
-        for row in rows:
-            style = "bold green" if row is fastest else None
-            table.add_row(*(escape(cell(row)) for cell in columns.values()), style=style)
-        width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        spare = next((name for name in _SPARE if name in columns), None)
-        if width <= console.width or spare is None or not console.is_terminal:
-            break
-        columns.pop(spare)
-    console.width = max(width, console.width)
-    console.print(table)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        justify: Any = "left" if name == "form" else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
+    for row in rows:
+        style = "bold green" if row is fastest else None
+        table.add_row(*(escape(cell(row)) for cell in columns.values()), style=style)
+    print_table(table, spare=_SPARE, console=console)
 
 
 def write_markdown(results: Sequence[Result], path: str | Path) -> None:

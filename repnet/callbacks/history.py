@@ -28,6 +28,7 @@ from repnet.callbacks.pictures import send_picture
 from repnet.callbacks.progress import StepTimer, batch_size, epoch_of, peak_memory
 from repnet.files import write_text
 from repnet.lightning import Callback
+from repnet.records import METRICS, read_metrics
 
 COLUMNS = (
     "epoch",
@@ -90,10 +91,7 @@ class History(Callback):
         self.stride = state_dict["stride"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self.directory / "metrics.csv"
-        if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                self.rows = list(csv.DictReader(file))
+        self.rows = [*read_metrics(self.directory)]
         self._sum_up()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,7 +185,7 @@ class History(Callback):
         writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.directory / "metrics.csv", table.getvalue())
+        write_text(self.directory / METRICS, table.getvalue())
 
     @staticmethod
     def _line(trainer: Trainer, row: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from repnet.errors import InputError
 from repnet.files import write_json
 from repnet.lightning import Callback
+from repnet.records import METRICS, read_metrics
 
 
 class PruneTrial(Callback):
@@ -90,11 +90,13 @@ class PruneTrial(Callback):
         """Return the median of the others' best values up to this epoch, if there are enough."""
         own = Path(trainer.default_root_dir).resolve()
         bests = []
-        for path in self.directory.glob("*/metrics.csv"):
+        for path in self.directory.glob(f"*/{METRICS}"):
             if path.parent.resolve() == own:
                 continue
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
+            try:
+                rows = read_metrics(path.parent)
+            except InputError:  # damaged: the trial does not count
+                continue
             if not rows or int(rows[-1]["epoch"]) < trainer.current_epoch:
                 continue
             values = [

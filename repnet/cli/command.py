@@ -194,7 +194,7 @@ def output_directory() -> Path:
 
 def remove_if_empty(directory: Path) -> None:
     """Remove the directory that Hydra made for a job that wrote nothing."""
-    if directory.is_dir() and not any(directory.iterdir()):
+    if directory.is_dir() and directory != Path.cwd() and not any(directory.iterdir()):
         directory.rmdir()
 
 
@@ -221,9 +221,10 @@ def quoted(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(quoted(v) for v in value)}]"
     text = str(value)
-    if re.fullmatch(r"[\w./:%+@-]+", text):
+    if re.fullmatch(r"[\w./:%+@-]+", text, re.ASCII):
         return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    # Backslashes are escaped only in front of a quotation mark, of the text or the closing one.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + (found[2] and "\\'"), text)
     return f"'{escaped}'"
 
 

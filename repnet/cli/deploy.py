@@ -98,6 +98,7 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
     from rich.table import Table
 
     from repnet.deploy.report import claims
+    from repnet.terminal import print_table
 
     console = Console()
     console.print("[bold green]Verified[/]")
@@ -120,7 +121,7 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
         known = name != "top-1" and (compared or name != "latency, ms")
         ratio = f"{deployed / train:.2f}" if known else ""
         table.add_row(name, style.format(train), style.format(deployed), ratio)
-    console.print(table)
+    print_table(table, console=console)
     if left_out := report["unreadable"]:
         print(f"images that cannot be read, left out: {len(left_out):,} ('{left_out[0]}', ...)")
     print(
@@ -128,7 +129,7 @@ def _summarize(report: dict[str, Any], directory: Path) -> None:
         f"{claims.largest_error(report):.1e}"
     )
     if report["exports"]:
-        console.print(_exports(report))
+        print_table(_exports(report), console=console)
         for export in report["exports"]:
             if export["status"] != "verified":
                 print(f"{export['file']} {export['status']}: {export['reason']}")

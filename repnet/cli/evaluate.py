@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def prepare(arguments: list[str]) -> list[str]:
     """Return the command line of an evaluation as Hydra takes it.
 
-    It writes to `outputs/eval` unless told otherwise, and values such as `data.root` may change
-    the data set of the checkpoint, which Hydra does not know.
+    The first process writes to `outputs/eval` unless told otherwise. The others, whose clocks may
+    show another second, make no directory. Values such as `data.root` may change the data set of
+    the checkpoint, which Hydra does not know.
     """
     keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     prepared = []
@@ -35,7 +36,8 @@ def prepare(arguments: list[str]) -> list[str]:
         )
         prepared.append(f"++{argument}" if free else argument)
     if "hydra.run.dir" not in keys:
-        prepared.append("hydra.run.dir=outputs/eval/${now:%Y-%m-%d_%H-%M-%S}")
+        directory = "outputs/eval/${now:%Y-%m-%d_%H-%M-%S}" if is_main_process() else "."
+        prepared.append(f"hydra.run.dir={directory}")
     return prepared
 
 
@@ -59,7 +61,7 @@ def run(cfg: DictConfig, directory: Path) -> dict[str, Any]:
             print(f"warning: {warning}", file=sys.stderr)
         shape = "x".join(str(side) for side in data.input_shape)
         print(
-            f"{cfg.eval} ({form} form) on {len(data.splits[2]):,} test images of "
+            f"{cfg.eval} ({form} form) on\n{len(data.splits[2]):,} test images of "
             f"{type(data).__name__}, {shape}, {data.num_classes} classes",
             flush=True,
         )
@@ -177,8 +179,9 @@ def _compare(described: dict[str, Any], data: Any) -> list[str]:
 
 
 def _summarize(result: dict[str, Any], directory: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from repnet.terminal import print_table
 
     table = Table(title="Evaluation", title_justify="left", show_header=False)
     table.add_column("")
@@ -187,5 +190,5 @@ def _summarize(result: dict[str, Any], directory: Path) -> None:
     table.add_row("loss", f"{result['test']['loss']:.4f}")
     table.add_row("images", f"{result['samples']:,}")
     table.add_row("parameters", f"{result['parameters']:,}")
-    Console().print(table)
+    print_table(table)
     print(f"eval.json, per_class.csv and pictures: {directory}", flush=True)

@@ -17,6 +17,7 @@ from repnet.cli import command
 from repnet.config import Training
 from repnet.errors import InputError
 from repnet.spec import CONFIGS, Target, choices, resolve_targets, unknown_name
+from repnet.terminal import print_table
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -140,9 +141,7 @@ def _shown(value: Any) -> str:
 def _print(title: str, rows: list[tuple[str, str]]) -> None:
     if title:
         print(title)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = Table(box=None, show_header=False, padding=(0, 0, 0, 2))
     for name, text in rows:
-        table.add_row(f"  {escape(name)}", escape(text))
-    Console(highlight=False).print(table)
+        table.add_row(escape(name), escape(text))
+    print_table(table, console=Console(highlight=False))

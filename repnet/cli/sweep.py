@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from repnet.cli.trials import RECORD, identity, record_of, result_of
 from repnet.errors import InputError
 from repnet.files import write_text
+from repnet.records import RESULT, read_metrics
 
 SCORE = "val_top1"
 _MEASURED = (SCORE, "test_top1", "images_per_second", "wall_seconds", "epochs")
@@ -134,7 +135,7 @@ def summarize(directory: Path) -> list[dict[str, Any]]:
 def collect(directory: Path) -> list[dict[str, Any]]:
     """Return one row per job that was started, best first, those without a score last."""
     rows = []
-    jobs = {path.parent for name in (RECORD, "result.json") for path in directory.glob(f"*/{name}")}
+    jobs = {path.parent for name in (RECORD, RESULT) for path in directory.glob(f"*/{name}")}
     for path in sorted(jobs):
         result = result_of(path)
         record = result or record_of(path) or {"overrides": []}
@@ -226,8 +227,10 @@ def _status(path: Path, result: dict[str, Any] | None) -> str:
 
 
 def _epochs(path: Path) -> int:
-    table = path / "metrics.csv"
-    return max(0, len(table.read_text(encoding="utf-8").splitlines()) - 1) if table.exists() else 0
+    try:
+        return len(read_metrics(path))
+    except InputError:  # damaged
+        return 0
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -246,17 +249,18 @@ def _show(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) ->
     from rich.console import Console
     from rich.table import Table
 
+    from repnet.terminal import print_table
+
     styles = {"failed": "red", "unfinished": "yellow", "pruned": "dim"}
     table = Table(title=title, title_justify="left")
     shown = [column for column in columns if not column.endswith("_std")]
     for column in shown:
-        table.add_column(
-            column, overflow="fold", justify="right" if column in _MEASURED else "left"
-        )
+        table.add_column(column, no_wrap=True, justify="right" if column in _MEASURED else "left")
     for row in rows:
         cells = [_cell(column, row) for column in shown]
         table.add_row(*cells, style=styles.get(row.get("status", "")))
-    Console(markup=False).print(table)  # a list is no markup: callbacks=[ema]
+    console = Console(markup=False)  # a list is no markup: callbacks=[ema]
+    print_table(table, spare=("wall_seconds", "test_top1"), console=console)
 
 
 def _cell(column: str, row: dict[str, Any]) -> str:

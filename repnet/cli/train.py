@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from repnet.config import packages_to_trust
 from repnet.errors import InputError
 from repnet.files import write_json
 from repnet.processes import is_main_process
+from repnet.records import RESULT, read_result
 
 _ABSENT = object()
 
@@ -102,7 +102,7 @@ def _trial(cfg: DictConfig, made: Path, overrides: list[str]) -> float | None:
                 resume = False  # it would come to the same end
             if not resume:
                 trials.restart(directory)
-            (directory / "result.json").unlink(missing_ok=True)
+            (directory / RESULT).unlink(missing_ok=True)
         try:
             _refuse_nested_processes(cfg)
             trust = packages_to_trust(_plain(cfg))
@@ -113,7 +113,7 @@ def _trial(cfg: DictConfig, made: Path, overrides: list[str]) -> float | None:
             message = command.message_of(error) if command.exit_code(error) else repr(error)
             failure = {"error": message, "type": type(error).__name__, "overrides": overrides}
             if main:
-                write_json(directory / "result.json", failure)
+                write_json(directory / RESULT, failure)
             print(f"job failed: {message}", file=sys.stderr, flush=True)
             if command.exit_code(error) is None or command.traceback_is_wanted():
                 traceback.print_exc()
@@ -171,10 +171,9 @@ def _train(
             )
         return result
     if is_main_process():
-        path = directory / "result.json"
-        if cfg.resume and path.exists():  # how the run was started stays known
-            overrides = [*json.loads(path.read_text())["overrides"], *overrides]
-        write_json(path, {**result, "overrides": overrides})
+        if cfg.resume and (before := read_result(directory)):  # how the run was started stays known
+            overrides = [*before.get("overrides", []), *overrides]
+        write_json(directory / RESULT, {**result, "overrides": overrides})
         described = {
             "model": config["model"],
             "block": config.get("block"),
@@ -227,8 +226,9 @@ def _trust(config: dict[str, Any], trust: Sequence[str]) -> dict[str, list[str]]
 
 
 def _summarize(result: dict[str, Any], trust: dict[str, list[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from repnet.terminal import print_table
 
     table = Table(title="Training finished", title_justify="left", show_header=False)
     table.add_column("")
@@ -238,6 +238,6 @@ def _summarize(result: dict[str, Any], trust: dict[str, list[str]]) -> None:
     table.add_row("epochs", str(result["epochs"]))
     table.add_row("training speed", f"{result['images_per_second']:,.0f} images/s")
     table.add_row("wall time", f"{result['wall_seconds']:.1f} s")
-    Console().print(table)
+    print_table(table)
     print("Next, fold it and confirm that its predictions are unchanged:")
     print(command.command_line("deploy", ckpt=result["best_checkpoint"], **trust), flush=True)

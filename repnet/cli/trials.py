@@ -18,6 +18,7 @@ from omegaconf import read_write
 
 from repnet.errors import InputError
 from repnet.files import lock_file
+from repnet.records import METRICS, RESULT, read_result
 
 STARTING = ("sweep=", "+sweep=", "trust=")
 RECORD = "job.json"  # the overrides of a job, written when it starts
@@ -86,24 +87,37 @@ def identity(overrides: Sequence[str]) -> list[str]:
 
 def record_of(directory: Path) -> dict[str, Any] | None:
     """Return what `claim` wrote: `overrides`, and `launched`, seconds since 1970."""
-    return _read(directory / RECORD)
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None  # being written at this moment, or damaged
+    return record if isinstance(record, dict) and "overrides" in record else None
 
 
 def result_of(directory: Path) -> dict[str, Any] | None:
-    """Return `result.json`, of a job that has ended; None for one that has not."""
-    return _read(directory / "result.json")
+    """Return `result.json`, of a job that has ended; None for one that has not.
+
+    A damaged one counts as none, so that the job continues from its last checkpoint.
+    """
+    try:
+        result = read_result(directory)
+    except InputError:
+        return None
+    if result is None or not result.keys() >= {"overrides"}:
+        return None
+    return result if "error" in result or result.keys() >= {"val", "test"} else None
 
 
 def restart(directory: Path) -> None:
     """Remove what an earlier attempt has left behind."""
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    for name in ("metrics.csv", "config.yaml", "pruned.json", "result.json"):
+    for name in (METRICS, "config.yaml", "pruned.json", RESULT):
         (directory / name).unlink(missing_ok=True)
 
 
 def _known(sweep: Path, overrides: Sequence[str]) -> IO[str] | None:
     for path in sorted(sweep.glob(f"*/{RECORD}")):
-        record = _read(path)
+        record = record_of(path.parent)
         if record and identity(record["overrides"]) == identity(overrides):
             file = path.open("r+", encoding="utf-8")
             if _lock(file):
@@ -116,7 +130,7 @@ def _new(sweep: Path, directory: Path, overrides: Sequence[str]) -> IO[str]:
     others = (sweep / str(number) for number in count(len(list(sweep.glob("*/")))))
     for candidate in chain([directory], others):
         candidate.mkdir(parents=True, exist_ok=True)
-        if (candidate / "result.json").exists():
+        if (candidate / RESULT).exists():
             continue
         try:
             file = (candidate / RECORD).open("x", encoding="utf-8")
@@ -132,7 +146,7 @@ def _new(sweep: Path, directory: Path, overrides: Sequence[str]) -> IO[str]:
 def _await(sweep: Path, overrides: Sequence[str], seconds: float = 120) -> Path:
     for _ in range(int(seconds)):
         for path in sorted(sweep.glob(f"*/{RECORD}")):
-            record = _read(path)
+            record = record_of(path.parent)
             if record and identity(record["overrides"]) == identity(overrides):
                 return path.parent
         time.sleep(1)
@@ -152,10 +166,3 @@ def _flags(arguments: Sequence[str]) -> list[str]:
 def _lock(file: IO[str]) -> bool:
     # Without locks, equal values that are drawn at the same time meet in one directory.
     return os.name != "posix" or lock_file(file)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None  # being written at this moment

@@ -10,11 +10,11 @@ import re
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from repnet.data.pack import Encoding, pack
 from repnet.errors import InputError
+from repnet.terminal import print_table
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -50,7 +50,7 @@ def main() -> None:
             f"{len(shards):,}",
             f"{sum(shard['bytes'] for shard in shards) / 1e6:,.1f}",
         )
-    Console().print(table)
+    print_table(table)
     for source in index["sources"].values():
         for name in source["skipped"]:
             print(f"skipped {name}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
@@ -18,9 +23,11 @@ class OwnData(ImageDataModule):
     """The images of someone's own LightningDataModule, of `pytorch_lightning` or `lightning`.
 
     Calls `prepare_data`, `setup("fit")`, `setup("test")` and the three loader hooks, and takes data
-    set, batch size, collation and workers out of the loaders. Shuffled training batches are drawn
-    as those of every data set of repnet, so that a run can be resumed within an epoch and shared
-    among devices. A training loader with another sampler is used as it is, on one device.
+    set, batch size, collation and workers out of the loaders. Each process of a training calls
+    `prepare_data`, one after the other on each machine, so that the first one downloads. Shuffled
+    training batches are drawn as those of every data set of repnet, so that a run can be resumed
+    within an epoch and shared among devices. A training loader with another sampler is used as it
+    is, on one device.
 
     Args:
         module: its loaders yield float images `(batch, channels, height, width)` and int64 labels
@@ -39,7 +46,8 @@ class OwnData(ImageDataModule):
         self.normalized = None not in channels
 
     def load(self) -> Splits:
-        self.module.prepare_data()
+        with _preparing(type(self.module)):
+            self.module.prepare_data()
         for stage in ("fit", "test"):
             self.module.setup(stage)
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
@@ -132,6 +140,13 @@ class OwnData(ImageDataModule):
 
     def _error(self, reason: str) -> InputError:
         return InputError(f"{type(self.module).__qualname__} {reason}")
+
+
+def _preparing(kind: type) -> FileLock:
+    """Return the lock that only one process of a machine and a user holds at a time."""
+    user = getattr(os, "getuid", int)()  # Windows has a directory for each user
+    name = re.sub(r"\W", "_", f"{kind.__module__}.{kind.__qualname__}")
+    return FileLock(Path(tempfile.gettempdir()) / f"repnet-{user}-{name[-100:]}.lock")
 
 
 def as_image_data(data: Any) -> ImageDataModule:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.bar import Bar
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,7 +27,10 @@ from repnet.deploy.native_output import native_output_hidden
 from repnet.errors import InputError
 from repnet.files import write_text
 from repnet.predict.predictor import Prediction, Predictor, find_images
+from repnet.terminal import print_table
 from repnet.text import printable
+
+NEXT = "next"  # heading of the classes behind the best one
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         _write(arguments.csv, _as_csv(predictions))
     if "-" not in (arguments.json, arguments.csv):
         console = Console()
-        console.print(_table(predictions, _places(arguments.images), console.width))
+        print_table(_table(predictions, _places(arguments.images)), spare=[NEXT], console=console)
         console.print(f"images: {predictor.rule}", soft_wrap=True, highlight=False)
     return unreadable
 
@@ -147,7 +149,7 @@ def _places(images: Sequence[Path]) -> str:
     return os.path.commonpath([folder.absolute() for folder in folders])
 
 
-def _table(predictions: Sequence[Prediction], folder: str, width: int) -> Table:
+def _table(predictions: Sequence[Prediction], folder: str) -> Table:
     """Return bars for one image, a row for each of several, with names relative to `folder`."""
     table = Table(title_justify="left")
     if len(predictions) == 1:
@@ -160,20 +162,15 @@ def _table(predictions: Sequence[Prediction], folder: str, width: int) -> Table:
             table.add_row(Text(score.name), f"{score.probability:.2%}", bar)
         return table
     names = [os.path.relpath(prediction.image, folder) for prediction in predictions]
-    longest = max(map(cell_len, names))
-    table.add_column("image", no_wrap=True, min_width=longest)
+    table.add_column("image", no_wrap=True)
     table.add_column("class")
     table.add_column("probability", justify="right", no_wrap=True)
-    widest = max(cell_len(prediction.scores[0].name) for prediction in predictions)
-    # The other classes are left out rather than the names of files broken.
-    rest = longest + widest + 44 <= width
-    if rest:
-        table.add_column("next")
+    table.add_column(NEXT, min_width=20)
     for name, prediction in zip(names, predictions, strict=True):
         best, *others = prediction.scores
         cells = [Text(name), Text(best.name), Text(f"{best.probability:.2%}")]
         following = ", ".join(f"{score.name} {score.probability:.1%}" for score in others)
-        table.add_row(*cells, *[Text(following)][:rest])
+        table.add_row(*cells, Text(following))
     return table
 
 

@@ -1,7 +1,7 @@
 """`repnet serve`: answer HTTP requests with a deploy model, in any of its formats.
 
-Exit codes: 0 stopped by SIGTERM, 2 bad input, 130 interrupted; both wait for the requests that are
-being answered.
+Exit codes: 0 stopped by SIGTERM, 2 bad input, 130 interrupted. The server first
+answers the requests that it has begun.
 """
 
 from __future__ import annotations

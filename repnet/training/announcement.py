@@ -30,8 +30,9 @@ class ParameterTable(Callback):
         if not trainer.is_global_zero:
             return
         from rich.box import SIMPLE_HEAD
-        from rich.console import Console
         from rich.table import Table
+
+        from repnet.terminal import print_table
 
         for optimizer in trainer.optimizers:
             table = Table(
@@ -51,7 +52,7 @@ class ParameterTable(Callback):
                     _range([row.learning_rate for row in rows]),
                     _range([row.weight_decay for row in rows]),
                 )
-            Console().print(table)
+            print_table(table)
         network: Any = getattr(pl_module, "model", pl_module)  # without a teacher beside it
         for line in growing_blocks(network):
             print(line, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -37,13 +36,20 @@ from repnet.callbacks import (
     StopOnNonFiniteLoss,
     ThroughputBar,
 )
-from repnet.checkpoint import describe, find_valid_checkpoint, load_network, read_checkpoint
+from repnet.checkpoint import (
+    describe,
+    find_valid_checkpoint,
+    load_network,
+    problem_of,
+    read_checkpoint,
+)
 from repnet.complexity import count_parameters
 from repnet.config import validated
 from repnet.data import as_image_data
 from repnet.errors import InputError
 from repnet.files import sweep_leftovers
 from repnet.processes import is_main_process
+from repnet.records import read_metrics, read_result
 from repnet.spec import build, unknown_name, within
 from repnet.training.announcement import ParameterTable, RunConfig
 from repnet.training.assembly import (
@@ -140,7 +146,10 @@ def _train(
     if start:  # before anything is written: the checkpoint fits the config
         load_network(model, contents, start)
     contents.clear()
-    previous_seconds = _previous_seconds(directory) if resume else 0.0
+    previous_seconds = 0.0
+    if resume:
+        previous_seconds = _previous_seconds(directory)
+        read_metrics(directory)  # refuses a damaged table, before anything is written
     trainer_options = {**config["trainer"], "_partial_": True}
     if _on_cpu(config):
         trainer_options.pop("sync_batchnorm", None)  # torch has it for GPUs only
@@ -339,10 +348,7 @@ def _only_one(directory: Path) -> Iterator[None]:
 
 def _previous_seconds(directory: Path) -> float:
     """Return the wall time of a run that had finished before it is resumed, else 0."""
-    path = directory / "result.json"
-    if not path.exists():
-        return 0.0
-    return float(json.loads(path.read_text(encoding="utf-8")).get("wall_seconds") or 0)
+    return float((read_result(directory) or {}).get("wall_seconds") or 0)
 
 
 def versions() -> dict[str, str]:
@@ -366,6 +372,10 @@ class _MovableCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         own = str(Path(str(self.dirpath)) / f"{self.filename}.ckpt")
+        if state_dict.get("best_model_path") and (problem := problem_of(own)):
+            if is_main_process():
+                print(f"the best epoch is chosen among those that follow: {problem}", flush=True)
+            return
         kept = {key: own if state_dict.get(key) else "" for key in _PATHS}
         scores = list(state_dict["best_k_models"].values())
         best = {own: scores[0]} if scores else {}
@@ -418,7 +428,8 @@ def _announce(
         f"{count_parameters(model) / 1e6:.3f} M parameters\n"
         f"{type(data).__name__}: {sizes} images to train / validate / test, {shape}, "
         f"{data.num_classes} classes\n"
-        f"{_device(trainer)}, precision {trainer.precision}, writing to {directory}",
+        f"{_device(trainer)}, precision {trainer.precision}\n"
+        f"writing to {directory}",
         *(f"warning: {note}" for note in getattr(data, "notes", ())),
         sep="\n",
         flush=True,

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
 from repnet.errors import InputError
 from repnet.files import write_atomically
+from repnet.terminal import print_table
 from repnet.weights.architecture import guess_name
 from repnet.weights.conversion import renamed
 from repnet.weights.identify import Weights, read_weights
@@ -53,12 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (convert, inspect):
         command.add_argument("source", metavar="IN", type=Path)
     convert.add_argument("target", metavar="OUT", type=Path, help=", ".join(SUFFIXES))
-    convert.add_argument("--to", required=True, choices=FORMATS)
+    convert.add_argument(
+        "--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)
+    )
     for command in (convert, inspect):
         command.add_argument(
             "--from",
             dest="source_format",
             choices=FORMATS,
+            metavar="FORMAT",
             help="whose names the file has (default: detect)",
         )
         command.add_argument(
@@ -113,7 +116,7 @@ def _print(weights: Weights) -> None:
         ("dtypes", ", ".join(sorted({str(v.dtype) for v in weights.tensors.values()}))),
     ):
         table.add_row(*row)
-    Console().print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -175,15 +175,18 @@ def _is_in(key: str, module: str | None) -> bool:
 
 
 def _adapt_input(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the convolutions of `state` that differ from the model's in input channels alone.
+    """Return the convolutions of the image whose weights in `state` have other input channels.
 
-    Those of inner layers cannot: the layer before them would differ in its output channels.
+    They are those with as many input channels as the first one. A layer further inside whose
+    weights differ in this way has other groups, and belongs to another network.
     """
     adapted = {}
-    for name, module in model.named_modules():
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    channels = next((conv.in_channels for conv in convs.values()), None)
+    for name, conv in convs.items():
         key = f"{name}.weight"
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and key in state:
-            old, wanted = state[key], module.weight.shape
+        if conv.in_channels == channels and conv.groups == 1 and key in state:
+            old, wanted = state[key], conv.weight.shape
             if old.ndim == len(wanted) and old.shape[1] != wanted[1]:
                 adapted[key] = fit_channels(old, wanted[1])
     return adapted
