@@ -44,7 +44,7 @@ def of_proof(proof: Equivalence) -> dict[str, Any]:
     block, output = TOLERANCES[torch.float64]
     return {
         "max_relative_error": proof.max_relative_error,
-        "rest_error": proof.rest_error if proof.blocks else proof.max_relative_error,
+        "rest_error": proof.rest_error,
         "blocks": [asdict(block) for block in proof.blocks],
         "tolerance": {"block": block, "output": output},
     }

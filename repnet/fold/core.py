@@ -26,14 +26,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from repnet.convolution import Layer, as_module
 from repnet.fold.frame import Frame
-from repnet.fold.kernels import TRANSPOSED, Kernels
+from repnet.fold.kernels import TRANSPOSED, Kernels, argument_of, steps_of
 from repnet.fold.norm_chains import Chains, Head, Link, prefix_of
 from repnet.fold.regions import Region, Regions, growth, sources_of, tensors_of
 from repnet.fold.report import Fold
 from repnet.fold.rewrite import GraphError, copy_with, graph_of, identity_like, with_attributes
 from repnet.fold.survey import Survey, is_identity, readers_of, within
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
-from repnet.precision import InFloat64
 from repnet.symbolic import transpose_weight
 
 Norms = Literal["absorb", "keep"]
@@ -194,7 +193,7 @@ class Folding:
         given, result = survey.tensor_argument(frame), survey.output(frame)
         if given is None or result is None or result is given:
             raise NotAffineError("it does not go from one tensor to another")
-        calls = list(_all_calls(frame))
+        calls = [step for node in frame.graph.nodes for step in steps_of(node)]
         convolutions = sum(kernels.weight(n) is not None for n in calls)
         layers = sum(_owns_tensors(n, kernels) for n in calls)
         computed = any(kernels.weight(n) is not None and _is_computed(n) for n in calls)
@@ -460,9 +459,9 @@ class Folding:
 
     def _norm(self, links: Sequence[Link], axes: int) -> ConvKernel:
         """Return the map of all followers, on the channels of their convolution."""
-        device = next(iter(self.source.parameters())).device
+        channels = links[0].stop - links[0].start
         total = ConvKernel.identity(
-            links[0].stop - links[0].start, axes=axes, dtype=torch.float64, device=device
+            channels, axes=axes, dtype=torch.float64, device=self.kernels.device
         )
         for link in links:
             kernel = self._head(link.head)
@@ -475,10 +474,7 @@ class Folding:
     def _head(self, head: Head) -> ConvKernel:
         """Return the channelwise map that a module begins with, with values."""
         if head.name in self.survey.leaves:
-            node = self.survey.leaves[head.name][0][1]
-            given = node.args[0]
-            assert isinstance(given, fx.Node)
-            return self.kernels.node(node, {given: self.kernels.identity(given)})
+            return self.kernels.alone(self.survey.leaves[head.name][0][1])
         frame = self.survey.frames[head.name][0]
         placeholder = self.survey.tensor_argument(frame)
         assert placeholder is not None
@@ -537,15 +533,11 @@ class Folding:
     def _layer_kernel(self, name: str) -> ConvKernel:
         """Return the kernel of a convolution or linear layer, with values."""
         layer: Any = self.survey.modules[name]
-        device = next(iter(self.source.parameters())).device
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         identity = ConvKernel.identity(
-            channels, axes=layer.weight.ndim - 2, dtype=torch.float64, device=device
+            channels, axes=layer.weight.ndim - 2, dtype=torch.float64, device=self.kernels.device
         )
-        with InFloat64():
-            kernel = layer.forward(identity)
-        assert isinstance(kernel, ConvKernel)
-        return kernel
+        return self.kernels.module(name, None, identity)
 
     def _moved_bias(
         self, name: str, kernel: ConvKernel, links: Sequence[Link], put: Any
@@ -581,15 +573,6 @@ class Folding:
         return next(iter(kernels or floating)).dtype
 
 
-def _all_calls(frame: Frame) -> Iterator[fx.Node]:
-    """Yield the nodes of a forward, with those of what it calls in the place of the calls."""
-    for node in frame.graph.nodes:
-        if (child := node.meta.get("frame")) is not None:
-            yield from _all_calls(child)
-        else:
-            yield node
-
-
 def _owns_tensors(node: fx.Node, kernels: Kernels) -> bool:
     if node.op != "call_module":
         return kernels.weight(node) is not None
@@ -602,7 +585,5 @@ def _owns(module: nn.Module) -> bool:
 
 def _is_computed(node: fx.Node) -> bool:
     """Return whether a convolution computes its weight from other tensors."""
-    if node.op == "call_module":
-        return False
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    weight = None if node.op == "call_module" else argument_of(node, 1, "weight")
     return isinstance(weight, fx.Node) and weight.op != "get_attr"

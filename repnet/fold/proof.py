@@ -117,8 +117,7 @@ class Proof:
                 return found, {first: wrong.get(first, "its convolution differs from it")}
             if wrong:
                 return found, wrong
-            error_of_rest = found.rest_error if found.blocks else found.max_relative_error
-            if error_of_rest <= outputs:
+            if found.rest_error <= outputs:
                 return found, {}
         names = list(dict.fromkeys([*(fold.name for fold, _ in built.folds), *built.graphs]))
         if not names:
@@ -144,8 +143,7 @@ class Proof:
         if found is None:
             return True
         block, outputs = self.tolerances(found)
-        error = found.rest_error if found.blocks else found.max_relative_error
-        return found.first_difference(block) is None and error <= outputs
+        return found.first_difference(block) is None and found.rest_error <= outputs
 
     def stored(self, built: Built) -> Equivalence | None:
         """Compare the copy as it is stored and runs with the exact outputs of the model."""
