@@ -282,11 +282,12 @@ def _replay(
 def _difference(expected: Any, actual: Any) -> tuple[float, float]:
     """Return the largest absolute and the largest relative difference of all tensors.
 
-    The relative one is `max |difference| / max |expected|`.
+    Both are infinite for other shapes, and for a tensor in the place of a container. The relative
+    one is `max |difference| / max |expected|`.
     """
     theirs, ours = _tensors(expected), _tensors(actual)
     kinds = [[(t.shape, t.is_floating_point()) for t in tensors] for tensors in (theirs, ours)]
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] or isinstance(expected, Tensor) != isinstance(actual, Tensor):
         return inf, inf
     measured = [_differ(a, b.to(a.device)) for a, b in zip(theirs, ours, strict=True) if a.numel()]
     # A tensor that is zero but for rounding has no scale of its own.

@@ -328,3 +328,11 @@ def test_the_limits_follow_the_dtype(dtype: torch.dtype, model: nn.Module, x: Te
     folded[1].conv.weight.data[0, 0, 1, 1] += 1
     with pytest.raises(FoldMismatchError, match=r"1\.conv"):
         compare(model, folded, x).check()
+
+
+def test_a_tensor_in_the_place_of_a_tuple_differs() -> None:
+    class InTuple(nn.Identity):
+        def forward(self, x: Tensor) -> Any:
+            return (x,)
+
+    assert compare(InTuple(), nn.Identity(), torch.ones(2, 3), names=[]).max_error == float("inf")
