@@ -13,6 +13,7 @@ import sys
 from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 from repnet.errors import InputError
 
@@ -67,8 +68,17 @@ def _serve(arguments: argparse.Namespace) -> None:
     with listener:
         host, port = listener.getsockname()[:2]
         print(f"serving {arguments.artefact} at http://{host}:{port}", flush=True)
+        received: list[int] = []
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                received.append(sig)
+                super().handle_exit(sig, frame)
+
         config = uvicorn.Config(app, log_level="warning", lifespan="on")
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
+    if signal.SIGINT in received:  # raised again while the event loop ends, it may be lost
+        raise KeyboardInterrupt
 
 
 def _positive(kind: type) -> type:
