@@ -205,8 +205,13 @@ class Folding:
         before, after = given.meta["shape"], result.meta["shape"]
         if not isinstance(kernel, ConvKernel) or len(after) != len(before):
             raise NotAffineError("it returns no feature map")
-        if given.meta.get("changed") or kernel.out_channels != after[1]:
+        if kernel.out_channels != after[1]:
             raise NotFoldableError("forward does something else to a kernel than to a tensor")
+        nodes = frame.graph.nodes
+        if given.meta.get("changed") or any(
+            n.meta.get("in_place") and n.args[0] is given for n in nodes
+        ):
+            raise NotFoldableError("forward changes its input in place")
         if reason := survey.entanglement([name]):
             raise NotFoldableError(reason)
         if outside := survey.callers_outside(name):

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from repnet.convolution import Layer
-from repnet.fold.frame import Frame
+from repnet.fold.frame import Frame, is_constant
 from repnet.kernel import ConvKernel, NotAffineError, NotFoldableError
 from repnet.precision import InFloat64
 
@@ -115,6 +115,8 @@ class Kernels:
         """
 
         def value(argument: fx.Node) -> Any:
+            if argument.meta.get("changed"):
+                raise NotAffineError("a view of a tensor is changed in place")
             if argument in values:
                 return values[argument]
             if argument.meta.get("constant"):
@@ -126,6 +128,8 @@ class Kernels:
         try:
             if node.op == "call_module":
                 return self._module(node, args, kwargs)
+            if is_constant(node):
+                raise NotAffineError("it is random")
             with InFloat64():
                 return run(node, *self._placed(args, kwargs))
         except NotFoldableError:

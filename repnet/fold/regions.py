@@ -188,8 +188,6 @@ class Regions:
             if node.meta.get("constant") or node.op == "output":
                 continue
             own = found[node] = {}
-            if node.meta.get("changed"):
-                continue
             sources = [i for i in node.all_input_nodes if not i.meta.get("constant")]
             roots = found[sources[0]] if sources else {}
             common = [root for root in roots if all(root in found[i] for i in sources)]
