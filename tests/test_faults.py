@@ -194,6 +194,20 @@ def recurrent(m: Any, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, T
     return m.head(state), state
 
 
+def asserts_a_size(m: Any, x: Tensor) -> Tensor:
+    torch._assert(x.shape[1] == 4, "of 4 channels")
+    assert x.shape[2] > 1
+    return m.norm(m.conv(x)).relu()
+
+
+def asserts_a_size_on_one_way(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    if x.shape[2] > 4:
+        assert x.shape[3] > 1
+        y = m.norm(y)
+    return y.relu()
+
+
 def on_a_size(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
     return (m.norm(y) if x.shape[2] > 4 else y).relu()
@@ -273,6 +287,10 @@ DECISIONS = {
         OTHER,
         ((X, X),),
         ("norm",),
+    ),
+    "size that is asserted": Fault(lambda: pair(asserts_a_size)),
+    "size that is asserted on one way": Fault(
+        lambda: pair(asserts_a_size_on_one_way), ways=(X[:, :, :3],), left=("norm",)
     ),
     "size": Fault(lambda: pair(on_a_size), ways=(X[:, :, :3],), left=("norm",)),
 }

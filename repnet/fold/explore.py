@@ -18,6 +18,8 @@ MOST_DECISIONS = 12
 def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Frame]:
     """Return a frame for each way that a forward may take, whatever its sizes and values are.
 
+    A way that ends in a failed assertion is none: such an input is refused by both forms.
+
     Args:
         frame: of a call that was recorded without values, or can be run so.
         opaque: of `Recorder`.
@@ -38,9 +40,12 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
         recorder.names = dict(first.names)
         recorder.constants = first.constants
         args, kwargs = mapped(frame.inputs, Shape, lambda shape: _empty(shape, first))
+        refused = False
         try:
             with torch.device("meta"):
                 recorder.run(args, kwargs, gradients=first.gradients)
+        except AssertionError:  # forward takes no such input, and will not after folding
+            refused = True
         except Exception as error:  # forward is anyone's code
             raise RecordingError(str(error)) from error
         (found,) = recorder.calls[frame.name]
@@ -48,9 +53,12 @@ def explore(frame: Frame, opaque: Callable[[nn.Module, str], bool]) -> list[Fram
         taken = [d.value for d in found.decisions if d.forced]
         if len(taken) > MOST_DECISIONS or len(frames) > MOST_PATHS:
             raise RecordingError("it branches too often")
-        frames.append(found)
+        if not refused:
+            frames.append(found)
         for n in range(len(script), len(taken)):
             scripts.append([*taken[:n], not taken[n]])
+    if not frames:
+        raise RecordingError("it asserts that no input is right")
     return frames
 
 
