@@ -80,6 +80,7 @@ def test_a_training_step_is_sliced_where_it_would_crash(
 def test_activations_are_computed_again_with_the_same_convolutions(tmp_path: Path) -> None:
     run("train.py", *TINY, "channels_last=true", "checkpoint_activations=[stem,stages.*]",
         "hydra.run.dir=run", cwd=tmp_path)  # fmt: skip
+    assert (tmp_path / "run" / "result.json").is_file()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
