@@ -1449,7 +1449,25 @@ def keeps_an_average(m: Any, x: Tensor) -> Tensor:
     return y + m.kept
 
 
+def calls_forward(m: Any, x: Tensor) -> Tensor:
+    y = m.block.forward(x)  # without hooks, and without a call that could be seen
+    m.kept = m.block.kept
+    return y
+
+
+def counts_and_decides(m: Any, x: Tensor) -> Tensor:
+    m.kept += 1
+    y = m.conv(x)
+    return m.norm(y) if m.kept % 2 else y
+
+
 KEEPERS: dict[str, Callable[[], nn.Module]] = {
+    "features of a forward that is called": lambda: network(
+        calls_forward, block=pair(keeps_features, kept=None), kept=None
+    ),
+    "count of a forward that is called": lambda: network(
+        calls_forward, block=pair(counts_and_decides, kept=0), kept=0
+    ),
     "features before the norm": lambda: pair(keeps_features, kept=None),
     "features, and a size": lambda: pair(keeps_and_decides, kept=None),
     "list that grows": lambda: pair(keeps_a_list, kept=[]),

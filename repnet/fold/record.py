@@ -132,8 +132,13 @@ class Recorder(TorchFunctionMode):
             return recorder._called(module, original, args, kwargs)
 
         def set_noted(module: nn.Module, name: str, value: Any) -> None:
-            if recorder.frames and module is not recorder.frames[-1].module:
+            frame = recorder.frames[-1] if recorder.frames else None
+            if frame is not None and module is not frame.module:
                 recorder.steered.add(recorder.names.get(module, ""))
+                frame.keeps = True
+                old = vars(module).get(name)
+                if not (old is None or old is value or isinstance(old, Tensor)):
+                    frame.unclear = frame.unclear or f"it changes '{name}' from call to call"
             set_attribute(module, name, value)
 
         nn.Module.__call__ = called  # type: ignore[method-assign]
