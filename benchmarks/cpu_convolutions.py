@@ -1,9 +1,11 @@
-"""How often torch's convolutions crash in the backward pass on a CPU, and with ours in their place.
+"""How often torch's convolutions crash or compute wrong gradients on a CPU, and with ours instead.
 
     python benchmarks/cpu_convolutions.py
 
-Each case trains one strided 1x1 convolution in channels_last in a process of its own, of which the
-exit code counts; `CpuConvolutions` says which convolutions it rewrites, and why.
+Each case of the first table trains one strided 1x1 convolution in channels_last in a process of its
+own, of which the exit code counts. The second counts settings in which the weight gradient of a
+padded bfloat16 convolution of a small map is not that of float64, up to a tenth of its norm.
+`CpuConvolutions` says which convolutions it rewrites, and why.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from torch import nn
 from repnet.training.cpu_convolutions import CpuConvolutions
 
 SIZES, BATCHES, THREADS = (16, 64, 128, 224), (1, 16), (1, 2)
+MAPS = ((1, 1), (1, 4), (4, 1), (2, 2), (2, 1), (3, 3))
 
 
 def train(channels: int, precision: str, rewritten: bool, size: int, batch: int) -> None:
@@ -42,6 +46,26 @@ def crashes(*case: object, threads: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(process, 0)[1])
 
 
+def is_wrong(
+    kernel_size: int, stride: int, size: tuple[int, int], groups: int, **mode: Any
+) -> bool:
+    """Return whether a weight gradient in bfloat16 is far from the one in float64."""
+    conv = nn.Conv2d(64, 64, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+    weight, x = conv.weight, torch.randn(8, 64, *size)
+    # What torch would read, if it read memory that nobody wrote.
+    [torch.full(weight.shape, 1e30) for _ in range(20)]
+    rewriting = CpuConvolutions(channels_last=False) if mode["rewritten"] else nullcontext()
+    with rewriting, torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+    gradient = torch.randn(y.shape)
+    y.backward(gradient.to(y.dtype))
+    exact = torch.nn.grad.conv2d_weight(
+        x.double(), weight.shape, gradient.double(), stride, kernel_size // 2, groups=groups
+    )
+    assert weight.grad is not None
+    return not (weight.grad.double() - exact).norm() < 0.1 * exact.norm()
+
+
 def main() -> None:
     print(f"torch {torch.__version__}, crashed processes of those that ran")
     for channels, precision in product(
@@ -56,6 +80,18 @@ def main() -> None:
             ]
             counts.append(f"{sum(ended)} of {len(ended)}")
         print(f"{channels:2} channels, {precision:10}  torch {counts[0]}, rewritten {counts[1]}")
+    for narrow in (True, False):
+        cases = [
+            c
+            for c in product((3, 5, 7), (1, 2, 3, 4), MAPS, (1, 4, 64))
+            if (c[1] > c[2][1]) == narrow
+        ]
+        counts = [
+            f"{sum(is_wrong(*c, rewritten=r) for c in cases)} of {len(cases)}"
+            for r in (False, True)
+        ]
+        name = "stride larger than the width" if narrow else "other strides"
+        print(f"wrong gradients, {name}: torch {counts[0]}, rewritten {counts[1]}")
 
 
 if __name__ == "__main__":
