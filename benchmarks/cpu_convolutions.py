@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from itertools import product
-from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.grad import conv2d_weight
 
 from repnet.training.cpu_convolutions import CpuConvolutions
 
@@ -47,19 +47,19 @@ def crashes(*case: object, threads: int) -> bool:
 
 
 def is_wrong(
-    kernel_size: int, stride: int, size: tuple[int, int], groups: int, **mode: Any
+    kernel_size: int, stride: int, size: tuple[int, int], groups: int, *, rewritten: bool
 ) -> bool:
     """Return whether a weight gradient in bfloat16 is far from the one in float64."""
     conv = nn.Conv2d(64, 64, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     weight, x = conv.weight, torch.randn(8, 64, *size)
     # What torch would read, if it read memory that nobody wrote.
     [torch.full(weight.shape, 1e30) for _ in range(20)]
-    rewriting = CpuConvolutions(channels_last=False) if mode["rewritten"] else nullcontext()
+    rewriting = CpuConvolutions(channels_last=False) if rewritten else nullcontext()
     with rewriting, torch.autocast("cpu", torch.bfloat16):
         y = conv(x)
     gradient = torch.randn(y.shape)
     y.backward(gradient.to(y.dtype))
-    exact = torch.nn.grad.conv2d_weight(
+    exact = conv2d_weight(
         x.double(), weight.shape, gradient.double(), stride, kernel_size // 2, groups=groups
     )
     assert weight.grad is not None
@@ -81,14 +81,14 @@ def main() -> None:
             counts.append(f"{sum(ended)} of {len(ended)}")
         print(f"{channels:2} channels, {precision:10}  torch {counts[0]}, rewritten {counts[1]}")
     for narrow in (True, False):
-        cases = [
-            c
-            for c in product((3, 5, 7), (1, 2, 3, 4), MAPS, (1, 4, 64))
-            if (c[1] > c[2][1]) == narrow
+        settings = [
+            setting
+            for setting in product((3, 5, 7), (1, 2, 3, 4), MAPS, (1, 4, 64))
+            if (setting[1] > setting[2][1]) == narrow
         ]
         counts = [
-            f"{sum(is_wrong(*c, rewritten=r) for c in cases)} of {len(cases)}"
-            for r in (False, True)
+            f"{sum(is_wrong(*s, rewritten=rewritten) for s in settings)} of {len(settings)}"
+            for rewritten in (False, True)
         ]
         name = "stride larger than the width" if narrow else "other strides"
         print(f"wrong gradients, {name}: torch {counts[0]}, rewritten {counts[1]}")
