@@ -21,7 +21,7 @@ class CpuConvolutions(TorchFunctionMode):
       n-th pixel. With 16 and 32 channels none crashed.
     - The weight gradient of a padded convolution in bfloat16 reads memory that nobody wrote where
       its stride is larger than the width of its input, as in the last stage of a network for small
-      images: it was wrong in 60 of 108 such settings, and in none with the padding written out.
+      images: it was wrong in more than half of 108 such settings, in none with the padding written.
 
     `benchmarks/cpu_convolutions.py` counts both.
 
